@@ -1,0 +1,143 @@
+"""Device functions that every kernel is made of. Notation: kernels/README.md."""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def compute_dtype(dtype):
+    """The dtype that a kernel on inputs of `dtype` computes in: float32, or float64 for float64."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.constexpr_function
+def bytes_of(dtype, count):
+    """The bytes of `count` elements of `dtype`."""
+    return dtype.primitive_bitwidth // 8 * count
+
+
+@triton.jit
+def tile(rows, cols, M, R2, N: tl.constexpr):
+    """Which elements of a tile exist: masks `[ROWS]` and `[ROWS, BLOCK_N]`.
+
+    The detour over R2 keeps what is known of M's divisibility: rows that are adjacent in memory
+    (channels of NCHW) are then stored in wide accesses. It folds away where R2 is 1.
+    """
+    rows_mask = rows < M // R2 * R2
+    return rows_mask, rows_mask[:, None] & (cols < N)[None, :]
+
+
+@triton.jit
+def tile_pointers(ptr, rows, cols, strides, sizes, ALIGN: tl.constexpr):
+    """Pointers `[ROWS, BLOCK_N]` to the elements `cols` of `rows` (int64), which count through the
+    sizes [.., R1, R2] of `sizes` = (M, R1, R2) as the first three `strides` have them in memory.
+
+    The index arithmetic runs in M's own width, so that divisions are 32-bit unless M needs more.
+    ALIGN, in elements, is what the host knows of every row's alignment. This hint, and not the
+    specialization of single arguments, decides the access width, and with it the order of sums: a
+    slice of a batch takes the same code as the batch. It is None where neighbours in memory are rows.
+    """
+    M, R1, R2 = sizes
+    index = rows.to(M.dtype)
+    offsets = (index // R2 // R1).to(tl.int64) * strides[0]
+    offsets += (index // R2 % R1).to(tl.int64) * strides[1]
+    offsets += (index % R2).to(tl.int64) * strides[2]
+    row_ptrs = ptr + offsets
+    if ALIGN is not None:
+        row_ptrs = tl.multiple_of(row_ptrs, bytes_of(ptr.dtype.element_ty, ALIGN))
+    return row_ptrs[:, None] + (cols.to(tl.int64) * strides[3])[None, :]
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
+    """A tile `[ROWS, BLOCK_N]` in the compute dtype; zero in the padding lanes."""
+    x = tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0)
+    return x.to(compute_dtype(ptr.dtype.element_ty))
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
+    """Stores a tile `[ROWS, BLOCK_N]`, rounded to the dtype of `ptr`."""
+    tl.store(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), tile, mask)
+
+
+@triton.jit
+def center(x, mask, N: tl.constexpr):
+    """Mean `[ROWS]` of the rows of a tile, and the tile less its mean, with padding lanes at zero.
+
+    `x` is zero in the padding lanes.
+    """
+    mean = tl.sum(x, axis=1) / N
+    return mean, tl.where(mask, x - mean[:, None], 0.0)
+
+
+@triton.jit
+def spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
+    """What is saved of a row's spread: its norm for "l2", else 1 / sqrt(mean of squares + eps)."""
+    if NORM == "l2":
+        # The norm, not its inverse: whether eps clamped it is asked again in the backward pass.
+        if sum_of_squares.dtype == tl.float64:
+            result = tl.sqrt(sum_of_squares)
+        else:
+            result = tl.sqrt_rn(sum_of_squares)
+    else:
+        result = tl.rsqrt(sum_of_squares / N + tl.full((), eps, sum_of_squares.dtype))
+    return result
+
+
+@triton.jit
+def scale(spread, eps, NORM: tl.constexpr):
+    """The factor of x_hat = (x - mean) * rstd, from what `spread` saved."""
+    if NORM == "l2":
+        least = tl.full((), eps, spread.dtype)
+        result = 1.0 / tl.where(spread < least, least, spread)  # a NaN norm stays NaN
+    else:
+        result = spread
+    return result
+
+
+@triton.jit
+def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr):
+    """A weight or bias `[1, BLOCK_N]`, widened."""
+    return tl.load(ptr + cols, cols < N, other=0.0).to(dtype)[None, :]
+
+
+@triton.jit
+def affine(x_hat, weight_ptr, bias_ptr, cols, N: tl.constexpr):
+    """x_hat * weight + bias; either may be None."""
+    y = x_hat
+    if weight_ptr is not None:
+        y *= load_parameter(weight_ptr, cols, x_hat.dtype, N)
+    if bias_ptr is not None:
+        y += load_parameter(bias_ptr, cols, x_hat.dtype, N)
+    return y
+
+
+@triton.jit
+def normalized(x, mean_ptr, rstd, rows, rows_mask, mask):
+    """x_hat from the saved statistics; zero in the padding lanes."""
+    if mean_ptr is not None:
+        x -= tl.load(mean_ptr + rows, rows_mask, other=0.0)[:, None]
+    return tl.where(mask, x * rstd[:, None], 0.0)
+
+
+@triton.jit
+def gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N: tl.constexpr, NORM: tl.constexpr):
+    """c1 = mean(wdy * x_hat) and c2 = mean(wdy), as the normalization has them: RMSNorm's c2 is zero;
+    for "l2", c1 is the sum, and zero where eps took the norm's place."""
+    if NORM == "l2":
+        clamped = spread < tl.full((), eps, spread.dtype)
+        c1 = tl.where(clamped, 0.0, sum_wdy_x_hat)
+    else:
+        c1 = sum_wdy_x_hat / N
+    if NORM == "layer":
+        c2 = sum_wdy / N
+    else:
+        c2 = tl.zeros_like(sum_wdy)
+    return c1, c2
+
+
+@triton.jit
+def input_gradient(wdy, x_hat, c1, c2, rstd):
+    """dx = (wdy - x_hat * c1 - c2) * rstd, for a tile and its rows' c1, c2, rstd `[ROWS]`."""
+    return (wdy - x_hat * c1[:, None] - c2[:, None]) * rstd[:, None]

@@ -1,0 +1,248 @@
+"""The row view `[M, N]`: every row is normalized over its own N elements. Notation: kernels/README.md.
+
+NORM is "layer" (mean and variance), "rms" (mean of squares) or "l2" (Euclidean norm, at least eps).
+A row is resident (held in registers, one read) or looped over (a second read, mostly from L2).
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    affine,
+    center,
+    compute_dtype,
+    gradient_means,
+    input_gradient,
+    load_parameter,
+    load_tile,
+    normalized,
+    scale,
+    spread,
+    store_tile,
+    tile,
+)
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_forward_resident(
+    x_ptr,  # [M, N]
+    y_ptr,  # [M, N]
+    weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None
+    mean_ptr,  # [M] or None
+    spread_ptr,  # [M] or None
+    x_strides,
+    y_strides,
+    M,
+    R1,
+    R2,
+    eps: "fp64",
+    N: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    sizes = (M, R1, R2)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_N)
+    rows_mask, mask = tile(rows, cols, M, R2, N)
+
+    x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+
+    if NORM == "layer":
+        mean, x = center(x, mask, N)
+        if x_ptr.dtype.element_ty.primitive_bitwidth >= 32:
+            # The mean's own rounding is all that is left of the error at a large mean. Inputs of
+            # 16 bits are coarser than it.
+            rest, x = center(x, mask, N)
+            mean += rest
+        if mean_ptr is not None:
+            tl.store(mean_ptr + rows, mean, rows_mask)
+    saved = spread(tl.sum(x * x, axis=1), eps, N, NORM)
+    if spread_ptr is not None:
+        tl.store(spread_ptr + rows, saved, rows_mask)
+
+    y = affine(x * scale(saved, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
+
+    store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_forward_looped(
+    x_ptr,  # [M, N]
+    y_ptr,  # [M, N]
+    weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None
+    mean_ptr,  # [M] or None
+    spread_ptr,  # [M] or None
+    x_strides,
+    y_strides,
+    M,
+    R1,
+    R2,
+    eps: "fp64",
+    N: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    sizes = (M, R1, R2)
+    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lanes = tl.arange(0, BLOCK_N)
+
+    # Moments a lane of the chunks: no reduction over lanes, hence no barrier, until the end.
+    squares = tl.zeros([ROWS, BLOCK_N], dtype)
+    if NORM == "layer":
+        # Welford's algorithm, on x less the mean of the first chunk: the means are then of the size
+        # of the spread, and do not lose digits to a large common mean.
+        rows_mask, mask = tile(rows, lanes, M, R2, N)
+        first = load_tile(x_ptr, rows, lanes, mask, x_strides, sizes, ALIGN)
+        shift = tl.sum(first, axis=1) / min(N, BLOCK_N)
+        means = tl.zeros([ROWS, BLOCK_N], dtype)
+        for start in range(0, N, BLOCK_N):
+            cols = start + lanes
+            rows_mask, mask = tile(rows, cols, M, R2, N)
+            x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN) - shift[:, None]
+            delta = x - means
+            means += tl.where(mask, delta / (start // BLOCK_N + 1), 0.0)
+            squares += tl.where(mask, delta * (x - means), 0.0)
+        counts = (N // BLOCK_N + (lanes < N % BLOCK_N).to(tl.int32)).to(dtype)[None, :]
+        rest = tl.sum(means * counts, axis=1) / N
+        means -= rest[:, None]
+        squares += means * means * counts
+        if mean_ptr is not None:
+            tl.store(mean_ptr + rows, shift + rest, rows < M)
+    else:
+        for start in range(0, N, BLOCK_N):
+            cols = start + lanes
+            rows_mask, mask = tile(rows, cols, M, R2, N)
+            x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+            squares += x * x
+    saved = spread(tl.sum(squares, axis=1), eps, N, NORM)
+    if spread_ptr is not None:
+        tl.store(spread_ptr + rows, saved, rows < M)
+    rstd = scale(saved, eps, NORM)
+
+    for start in range(0, N, BLOCK_N):
+        cols = start + lanes
+        _, mask = tile(rows, cols, M, R2, N)
+        x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+        if NORM == "layer":
+            x = (x - shift[:, None]) - rest[:, None]
+        y = affine(x * rstd[:, None], weight_ptr, bias_ptr, cols, N)
+        store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_gradient_means(
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    weight_ptr,  # [N] or None
+    mean_ptr,  # [M] or None
+    spread_ptr,  # [M]
+    c1_ptr,  # [M]
+    c2_ptr,  # [M]
+    dy_strides,
+    x_strides,
+    M,
+    R1,
+    R2,
+    eps: "fp64",
+    N: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """c1 and c2 of rows that are too long to be resident in `row_backward`."""
+    sizes = (M, R1, R2)
+    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    saved = tl.load(spread_ptr + rows, rows < M, other=0.0)
+    rstd = scale(saved, eps, NORM)
+    wdy_x_hat = tl.zeros([ROWS, BLOCK_N], dtype)
+    wdy_sum = tl.zeros([ROWS, BLOCK_N], dtype)
+
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        rows_mask, mask = tile(rows, cols, M, R2, N)
+        dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
+        x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+        wdy = affine(dy, weight_ptr, None, cols, N)
+        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, rows_mask, mask)
+        wdy_sum += wdy
+
+    c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), saved, eps, N, NORM)
+    tl.store(c1_ptr + rows, c1, rows < M)
+    tl.store(c2_ptr + rows, c2, rows < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def row_backward(
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    weight_ptr,  # [N] or None
+    mean_ptr,  # [M] or None
+    spread_ptr,  # [M]
+    c1_ptr,  # [M], or None: rows are resident, BLOCK_N >= N
+    c2_ptr,  # [M], or None
+    dx_ptr,  # [M, N] or None
+    dweight_partial_ptr,  # [programs, N] or None
+    dbias_partial_ptr,  # [programs, N] or None
+    dy_strides,
+    x_strides,
+    dx_strides,
+    M,
+    R1,
+    R2,
+    eps: "fp64",
+    N: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """dx of all rows, and a partial dweight and dbias of the rows that one program walks through."""
+    sizes = (M, R1, R2)
+    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    program = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if weight_ptr is not None:
+        weight = load_parameter(weight_ptr, cols, dtype, N)
+    dweight = tl.zeros([ROWS, BLOCK_N], dtype)
+    dbias = tl.zeros([ROWS, BLOCK_N], dtype)
+
+    for start in range(program * ROWS, M, tl.num_programs(1) * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        rows_mask, mask = tile(rows, cols, M, R2, N)
+        dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
+        x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+        saved = tl.load(spread_ptr + rows, rows_mask, other=0.0)
+        rstd = scale(saved, eps, NORM)
+        x_hat = normalized(x, mean_ptr, rstd, rows, rows_mask, mask)
+
+        if dweight_partial_ptr is not None:
+            dweight += dy * x_hat
+        if dbias_partial_ptr is not None:
+            dbias += dy
+        if dx_ptr is not None:
+            wdy = dy
+            if weight_ptr is not None:
+                wdy *= weight
+            if c1_ptr is not None:
+                c1 = tl.load(c1_ptr + rows, rows_mask, other=0.0)
+                c2 = tl.load(c2_ptr + rows, rows_mask, other=0.0)
+            else:
+                c1, c2 = gradient_means(
+                    tl.sum(wdy * x_hat, axis=1), tl.sum(wdy, axis=1), saved, eps, N, NORM
+                )
+            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
+            store_tile(dx_ptr, dx, rows, cols, mask, dx_strides, sizes, ALIGN)
+
+    if dweight_partial_ptr is not None:
+        tl.store(dweight_partial_ptr + program * N + cols, tl.sum(dweight, axis=0), cols < N)
+    if dbias_partial_ptr is not None:
+        tl.store(dbias_partial_ptr + program * N + cols, tl.sum(dbias, axis=0), cols < N)

@@ -1,0 +1,90 @@
+"""Replacing the normalizations of an existing model."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import modules
+
+REPLACEMENTS = {
+    torch.nn.LayerNorm: modules.LayerNorm,
+    torch.nn.RMSNorm: modules.RMSNorm,
+}
+"""Class to class. The class must be exactly this one: a subclass may compute something else."""
+
+NORMALIZATIONS = (
+    torch.nn.LayerNorm,
+    torch.nn.RMSNorm,
+    torch.nn.GroupNorm,
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.LocalResponseNorm,
+)
+"""What a report names as left when it was not replaced; beside these, classes named *Norm*."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module: its name in the model, its class and, if it was left, the reason."""
+
+    name: str
+    cls: str
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """What `convert` did: the modules it replaced, and those it left, with the reason."""
+
+    replaced: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+
+    def __str__(self):
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
+        lines += [f"  replaced  {e.name or '(the model)'}: {e.cls}" for e in self.replaced]
+        lines += [f"  left      {e.name or '(the model)'}: {e.cls}, {e.reason}" for e in self.left]
+        return "\n".join(lines)
+
+
+def _reason(module) -> str | None:
+    """Why a module that looks like a normalization is left; None for every other module."""
+    cls = type(module)
+    if cls in REPLACEMENTS.values():
+        return "already of tritonnorm"
+    for base in REPLACEMENTS:
+        if isinstance(module, base):
+            return f"a subclass of torch.nn.{base.__name__}, which may compute something else"
+    if isinstance(module, NORMALIZATIONS):
+        return "not among the classes that tritonnorm replaces"
+    if "norm" in cls.__name__.lower() and not any(module.children()):
+        return "not a class of torch.nn"
+    return None
+
+
+def convert(model: torch.nn.Module) -> Report:
+    """Replaces torch.nn's LayerNorm and RMSNorm in `model` by tritonnorm's, in place.
+
+    A module keeps its identity, parameters, hooks and state_dict: only its class changes. So every
+    reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A `Report` of what was replaced and of the normalizations that were left, with the reason.
+        A module that stands in several places is listed once.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, not {type(model).__name__}")
+    report = Report()
+    for name, module in model.named_modules():
+        cls = type(module)
+        described = f"{cls.__module__}.{cls.__qualname__}"
+        if cls in REPLACEMENTS:
+            module.__class__ = REPLACEMENTS[cls]
+            report.replaced.append(Entry(name, described))
+        elif reason := _reason(module):
+            report.left.append(Entry(name, described, reason))
+    return report

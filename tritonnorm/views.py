@@ -1,0 +1,100 @@
+"""Shapes, strides and memory formats: any tensor as rows.
+
+A row view `[M, N]` of a tensor of shape `[*, *normalized_shape]` merges the trailing dimensions into
+one of size N with one stride, and the leading ones into at most three of sizes (R0, R1, R2), whose
+product is M. Several tensors of one shape share the sizes and have strides of their own.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+ROW_LEVELS = 3
+
+
+@dataclass(frozen=True)
+class RowView:
+    """Row sizes and, per tensor, the strides (r0, r1, r2, n) in elements."""
+
+    m: int
+    n: int
+    r1: int
+    r2: int
+    strides: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def strided(self) -> bool:
+        """Whether neighbours in a row of the first tensor are apart in memory."""
+        return self.strides[0][3] != 1
+
+
+def merge(shape, strides):
+    """Merges neighbouring dimensions wherever every tensor can step through both with one stride.
+
+    `strides` is one tuple a tensor. Returns the merged shape and strides, without dimensions of
+    size 1; no dimension at all remains of a single element.
+
+    >>> merge((2, 3, 4), [(12, 4, 1), (24, 8, 2)])
+    ([24], [[1], [2]])
+    """
+    sizes, merged = [], [[] for _ in strides]
+    for d, size in enumerate(shape):
+        if size == 1:
+            continue
+        steps = [tensor[d] for tensor in strides]
+        if sizes and all(m[-1] == size * step for m, step in zip(merged, steps, strict=True)):
+            sizes[-1] *= size
+            for m, step in zip(merged, steps, strict=True):
+                m[-1] = step
+        else:
+            sizes.append(size)
+            for m, step in zip(merged, steps, strict=True):
+                m.append(step)
+    return sizes, merged
+
+
+def row_view(shape, normalized_dims, strides) -> RowView | None:
+    """The tensors of `shape` with the given strides as rows over the last `normalized_dims`
+    dimensions, or None where they need more row dimensions, or a second one within the row."""
+    split = len(shape) - normalized_dims
+    m, n = prod(shape[:split]), prod(shape[split:])
+    row_sizes, row_strides = merge(shape[:split], [s[:split] for s in strides])
+    n_sizes, n_strides = merge(shape[split:], [s[split:] for s in strides])
+    if len(row_sizes) > ROW_LEVELS or len(n_sizes) > 1:
+        return None
+    n_stride = [s[0] if s else 1 for s in n_strides]
+
+    # Rows that are neighbours in memory go to R2, whose divisibility the compiler knows; of M, which
+    # changes from batch to batch, it knows nothing. Otherwise R2 = R1 = 1 wherever that is possible.
+    missing = ROW_LEVELS - len(row_sizes)
+    if n_stride[0] != 1 and row_sizes:
+        sizes = [1] * missing + row_sizes
+        padded = [[0] * missing + s for s in row_strides]
+    else:
+        sizes = row_sizes + [1] * missing
+        padded = [s + [0] * missing for s in row_strides]
+    return RowView(
+        m=m,
+        n=n,
+        r1=sizes[1],
+        r2=sizes[2],
+        strides=tuple((*rows, step) for rows, step in zip(padded, n_stride, strict=True)),
+    )
+
+
+def common_alignment(view: RowView, normalized_dims: int, *tensors: torch.Tensor) -> int | None:
+    """The largest power of two, at most 16, of which every row of every tensor starts at a multiple,
+    in elements of that tensor; None for strided rows, where the compiler finds out by itself.
+
+    The step between rows counts even where there is one row only: a slice of a batch has the
+    alignment of the batch.
+    """
+    if view.strided:
+        return None
+    bits = view.n | 16
+    for tensor in tensors:
+        bits |= tensor.data_ptr() // tensor.element_size()
+        for step in tensor.stride()[: tensor.dim() - normalized_dims]:
+            bits |= step
+    return bits & -bits
