@@ -23,6 +23,9 @@ BACKWARD_ELEMENTS = 8
 """In the backward pass, where x, dy, weight, dweight and dbias are all held: 64 registers. 16 take 122
 to 126, for the same bytes in flight an SM (unmeasured)."""
 
+STRIDED_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
+"""The same for strided rows, where 8 of float64 spill."""
+
 FORWARD_RESIDENT = {2: 16384, 4: 16384, 8: 8192}
 """Largest row, by bytes an element, that the forward pass holds in registers. Twice that spills."""
 
@@ -39,8 +42,11 @@ STRIDED_BYTES = 64
 """Bytes side by side that a tile takes of strided rows: two sectors. One, 32 bytes, halves an H100's
 bandwidth, and is what is left to rows too long for two."""
 
-STRIDED_TILE = {2: 16384, 4: 16384, 8: 8192}
-"""Elements of a resident tile of strided rows in the forward pass; half of it in the backward."""
+STRIDED_FORWARD_TILE = {2: 16384, 4: 16384, 8: 8192}
+"""Elements, at most, of a tile of strided rows in the forward pass."""
+
+STRIDED_BACKWARD_TILE = {2: 4096, 4: 4096, 8: 2048}
+"""The same for the backward pass: twice that spills."""
 
 PARTIAL_SHARE = 0.05
 """Partial weight gradients may cost this part of a backward pass's traffic ..."""
@@ -77,17 +83,19 @@ def _warps(elements: int, a_thread: int) -> int:
 
 def _row_tile(n, itemsize, strided, *, a_thread, resident, chunk, strided_tile) -> RowTile:
     block_n = _power_of_two(n)
+    filling = MIN_WARPS * WARP * a_thread // block_n  # rows that give every thread its elements
     if strided:
         rows = STRIDED_BYTES // itemsize
         if rows * block_n > strided_tile:
             rows //= 2
         if rows * block_n > strided_tile:
             rows *= 2
-            block_n = strided_tile // 2 // rows
+            block_n = strided_tile // rows
+        rows = max(rows, filling)
     elif block_n > resident:
         rows, block_n = 1, chunk
     else:
-        rows = max(MIN_WARPS * WARP * a_thread // block_n, 1)
+        rows = max(filling, 1)
     return RowTile(rows, block_n, _warps(rows * block_n, a_thread))
 
 
@@ -100,7 +108,7 @@ def row_forward(n: int, itemsize: int, strided: bool) -> RowTile:
         a_thread=FORWARD_ELEMENTS,
         resident=FORWARD_RESIDENT[itemsize],
         chunk=FORWARD_CHUNK[itemsize],
-        strided_tile=STRIDED_TILE[itemsize],
+        strided_tile=STRIDED_FORWARD_TILE[itemsize],
     )
 
 
@@ -110,10 +118,10 @@ def row_backward(n: int, itemsize: int, strided: bool) -> RowTile:
         n,
         itemsize,
         strided,
-        a_thread=BACKWARD_ELEMENTS,
+        a_thread=STRIDED_BACKWARD_ELEMENTS[itemsize] if strided else BACKWARD_ELEMENTS,
         resident=BACKWARD_RESIDENT[itemsize],
         chunk=BACKWARD_CHUNK,
-        strided_tile=STRIDED_TILE[itemsize] // 2,
+        strided_tile=STRIDED_BACKWARD_TILE[itemsize],
     )
 
 

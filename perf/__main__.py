@@ -1,0 +1,32 @@
+"""`python -m perf <command>`: measuring, without a GPU what can be known without one."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "bench": "time every operator beside PyTorch and the installed peers, to CSV (needs a GPU)",
+    "roofline": "draw a CSV of `bench` as achieved bandwidth against size, to PNG and SVG",
+    "lowering": "registers, spills and access width of every launch choice, compiled (no GPU)",
+    "traffic": "bytes moved against the floor, counted in the interpreter (no GPU)",
+    "demo": "train a small GPT with torch's norms and with ours, and compare the losses",
+    "gpu": "on a GPU machine: install in place, test, benchmark, plot",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    chosen = sys.argv[1] if len(sys.argv) > 1 else None
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == chosen:  # the others' imports are not paid for
+            module = importlib.import_module(f".{name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""What the compiler makes of every launch choice, for GPUs that are not there.
+
+Every launch that tritonnorm would make is compiled instead of run, and PTX and SASS are read:
+registers, spills, the width of every access to every tensor, bytes read. Necessary conditions for
+speed, not a measurement of it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tritonnorm import heuristics
+
+from .launches import ACTIVATIONS, observe
+from .launches import run as run_case
+from .shapes import DTYPES, OPERATORS, PASSES, Case
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+SIZES = tuple(2**k for k in range(17))
+"""Row lengths: every power of two is a tile of its own as long as rows are resident; 65,536 is longer
+than any that is."""
+
+ODD_SIZES = (48, 1000, 5120)
+"""Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
+
+ROWS = 64
+"""The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
+
+SM_REGISTERS = 65536  # registers of an SM, on all three targets
+WIDE = 16  # bytes of the widest access that all three targets have
+
+
+class AbsentDriver:
+    """Stands in for Triton's CUDA driver, so that kernels compile for a GPU that is not there."""
+
+    def __init__(self, target: str):
+        self.capability = int(target.removeprefix("sm_"))
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # a device a target: Triton keeps its compiler by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One compiled kernel, for one case."""
+
+    target: str
+    kernel: str
+    operator: str
+    direction: str
+    n: int
+    dtype: str
+    strided: bool
+    rows: int
+    block_n: int
+    num_warps: int
+    registers: int
+    stack: int  # bytes, which nothing but spilled registers needs here
+    widths: dict[str, list[int]]  # bytes of each access, by tensor
+    bytes_in_flight: int  # of activations, an SM, as occupancy and loads before the first use allow
+    instructions_per_byte: float | None = None  # warp instructions a byte of activations
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n * DTYPES[self.dtype].itemsize
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.rows * self.block_n * DTYPES[self.dtype].itemsize
+
+    @property
+    def violations(self) -> list[str]:
+        """Which of the gates this kernel fails: spills, narrow accesses, more than one read."""
+        found = []
+        if self.stack:
+            found.append(f"spills: {self.stack} bytes of stack")
+        for tensor in ACTIVATIONS:
+            widths = self.widths.get(tensor, [])
+            if not widths or (self.row_bytes % WIDE and not self.strided):
+                continue
+            if min(widths) < WIDE:
+                found.append(f"{tensor}: accesses of {min(widths)} bytes")
+            touched = sum(widths) * self.num_warps * heuristics.WARP
+            if touched != self.tile_bytes and (tensor != "x" or self.kernel not in SWEEPS):
+                found.append(f"{tensor}: touches {touched} bytes of a tile of {self.tile_bytes}")
+        return found
+
+
+SWEEPS = ("row_forward_looped",)
+"""Kernels that load x for more than one sweep."""
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
+    """Bytes of every global access in PTX, by the tensor it goes to.
+
+    `pointers` names the kernel's parameters that are pointers. An address is traced back through the
+    instructions that made it to the one pointer among the parameters.
+    """
+    sources = defaultdict(list)  # register -> the instructions that write it
+    accesses = []
+    for line in ptx.splitlines():
+        text = line.split("//")[0].strip().rstrip(";")
+        text = re.sub(r"^@!?%p\d+\s+", "", text)
+        if access := re.match(r"(ld|st)\.global(?:\.[a-z_0-9:]+)*?(?:\.v(\d))?\.b(\d+)\s(.*)", text):
+            address = re.search(r"\[\s*(%\w+)", access[4])
+            accesses.append((address[1], int(access[2] or 1) * int(access[3]) // 8))
+        elif match := re.match(r"ld\.param\S*\s+(%\w+),\s*\[\w+_param_(\d+)", text):
+            sources[match[1]].append(int(match[2]))
+        elif match := re.match(r"[a-z][\w.:]*\s+(%\w+),\s*(.*)", text):
+            sources[match[1]].append(re.findall(r"%[a-z]+\d+", match[2]))
+
+    widths = defaultdict(list)
+    for register, size in accesses:
+        seen, waiting, names = set(), [register], set()
+        while waiting:
+            current = waiting.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            for source in sources[current]:
+                if isinstance(source, int):
+                    names |= {pointers[source]} if source in pointers else set()
+                else:
+                    waiting += source
+        (name,) = names
+        widths[name].append(size)
+    return dict(widths)
+
+
+def _instructions(cubin: bytes) -> int:
+    """Instructions of the longest loop of a kernel, or of all of it where there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _tool("cuobjdump", "-sass", file.name)
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+((?!NOP).*);", sass, re.MULTILINE)
+    position = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    longest = 0
+    for i, (_, instruction) in enumerate(found):
+        if branch := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction):
+            longest = max(longest, i + 1 - position.get(int(branch[1], 16), i + 1))
+    return longest or len(found)
+
+
+def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool) -> Lowered:
+    """Reads a compiled kernel."""
+    # Triton leaves constexpr and None arguments out of the signature, and flattens tuples.
+    pointers, position = {}, 0
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                pointers[position] = parameter.name.removesuffix("_ptr")
+            if isinstance(item, torch.Tensor) or item != 1 or parameter.do_not_specialize:
+                position += 1
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    widths = _access_widths(compiled.asm["ptx"], pointers)
+
+    warps = arguments["num_warps"]
+    block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
+    blocks = min(SM_REGISTERS // block_registers, 64 // warps, 32)
+    loaded = sum(sum(widths.get(name, [])) for name in ("x", "dy"))
+    return Lowered(
+        target=target,
+        kernel=kernel.__name__,
+        operator=case.operator,
+        direction=case.direction,
+        n=case.n,
+        dtype=case.dtype,
+        strided=strided,
+        rows=arguments["ROWS"],
+        block_n=arguments["BLOCK_N"],
+        num_warps=warps,
+        registers=registers,
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        widths=widths,
+        bytes_in_flight=blocks * warps * heuristics.WARP * loaded,
+    )
+
+
+def cases(brief: bool = False) -> list[tuple[Case, bool]]:
+    """(case, strided) for every launch choice of the heuristics.
+
+    LayerNorm with weight and bias holds the most; the others are compiled in bfloat16 alone. float16
+    is lowered as bfloat16 is.
+    """
+    if brief:
+        sizes, dtypes = (128, 1000, 4096, 8192, 16384, 65536), ("bf16",)
+    else:
+        sizes, dtypes = SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
+    chosen = []
+    for operator in OPERATORS:
+        for direction in PASSES:
+            for dtype in dtypes if operator == "layer_norm" else ("bf16",):
+                chosen += [(Case(operator, direction, ROWS, n, dtype), False) for n in sizes]
+                if operator == "layer_norm" and not brief:
+                    tiles = {}
+                    for n in SIZES[1:]:  # a row of one element has no step within it
+                        choose = getattr(heuristics, f"row_{direction}")
+                        tiles.setdefault(choose(n, DTYPES[dtype].itemsize, strided=True), n)
+                    chosen += [
+                        (Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()
+                    ]
+    return chosen
+
+
+def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
+    """Compiles the launches of the chosen cases for a target, in a process that will run no kernel.
+
+    `instructions` counts them as well, which takes the disassembler half a second a kernel.
+    """
+    found, counts = [], []
+
+    def compile_and_inspect(kernel, grid, arguments):
+        compiled = kernel.warmup(grid=grid, **arguments)
+        if "BLOCK_P" in arguments:  # the fold moves a few megabytes at most
+            return
+        found.append(inspect(kernel, arguments, compiled, case, target, strided))
+        if instructions:
+            counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
+
+    triton.runtime.driver.set_active(AbsentDriver(target))
+    with ThreadPoolExecutor(os.cpu_count()) as disassemblers, observe(compile_and_inspect):
+        for case, strided in chosen:
+            run_case(case, strided)
+    if instructions:
+        found = [
+            replace(
+                k,
+                instructions_per_byte=count.result()
+                * k.num_warps
+                / (k.tile_bytes * sum(name in k.widths for name in ACTIVATIONS)),
+            )
+            for k, count in zip(found, counts, strict=True)
+        ]
+    return found
+
+
+def table(lowered: list[Lowered]) -> str:
+    """One line a kernel. Spill is in bytes; width is the narrowest access to an activation, in bits;
+    KB in flight are an SM's, as far as registers and warps limit them."""
+    lines = [
+        f"{'operator':<11} {'pass':<8} {'dtype':<5} {'n':>6} {'kernel':<21} {'tile':>12} {'warps':>5} "
+        f"{'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
+        + (" instr/B" if lowered[0].instructions_per_byte else "")
+    ]
+    for k in lowered:
+        width = min(w for name in ACTIVATIONS for w in k.widths.get(name, ())) * 8
+        operator = k.operator + (" (strided)" if k.strided else "")
+        lines.append(
+            f"{operator:<11} {k.direction:<8} {k.dtype:<5} {k.n:>6} {k.kernel:<21} "
+            f"{f'{k.rows}x{k.block_n}':>12} {k.num_warps:>5} {k.registers:>4} "
+            f"{k.stack:>5} {width:>5} {k.bytes_in_flight / 1024:>12.0f}"
+            + (f" {k.instructions_per_byte:>7.3f}" if k.instructions_per_byte else "")
+            + ("  <- " + "; ".join(k.violations) if k.violations else "")
+        )
+    return "\n".join(lines)
+
+
+def add_arguments(parser):
+    parser.add_argument("--target", choices=TARGETS, help="one target (default: sm_90)")
+    parser.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument("--brief", action="store_true", help="six row lengths in bfloat16")
+    parser.add_argument(
+        "--gate", action="store_true", help="end with status 1 on spills or narrow accesses"
+    )
+    parser.add_argument(
+        "--instructions", action="store_true", help="count them a byte too (half a second a kernel)"
+    )
+    parser.add_argument("--json", action="store_true", help="records instead of a table")
+
+
+def run(arguments) -> int:
+    targets = TARGETS if arguments.all else (arguments.target or "sm_90",)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("lowering: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    found = {t: lower(t, cases(arguments.brief), arguments.instructions) for t in targets}
+    records = [k for lowered in found.values() for k in lowered]
+    if arguments.json:
+        print(json.dumps([asdict(k) | {"violations": k.violations} for k in records]))
+    else:
+        for target, lowered in found.items():
+            print(f"{target}, compiled with Triton {triton.__version__}; nothing was run")
+            print(table(lowered), end="\n\n")
+        failing = sum(bool(k.violations) for k in records)
+        print(f"{len(records)} kernels, {failing} that spill, access narrowly or read twice")
+    return int(arguments.gate and any(k.violations for k in records))
