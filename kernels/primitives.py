@@ -17,14 +17,13 @@ def bytes_of(dtype, count):
 
 
 @triton.jit
-def tile(rows, cols, M, R2, N: tl.constexpr):
-    """Which elements of a tile exist: masks `[ROWS]` and `[ROWS, BLOCK_N]`.
+def tile_mask(rows, cols, M, R2, N: tl.constexpr):
+    """Which elements of a tile exist, `[ROWS, BLOCK_N]`.
 
     The detour over R2 keeps what is known of M's divisibility: rows that are adjacent in memory
     (channels of NCHW) are then stored in wide accesses. It folds away where R2 is 1.
     """
-    rows_mask = rows < M // R2 * R2
-    return rows_mask, rows_mask[:, None] & (cols < N)[None, :]
+    return (rows < M // R2 * R2)[:, None] & (cols < N)[None, :]
 
 
 @triton.jit
@@ -114,10 +113,10 @@ def affine(x_hat, weight_ptr, bias_ptr, cols, N: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, mean_ptr, rstd, rows, rows_mask, mask):
+def normalized(x, mean_ptr, rstd, rows, mask, M):
     """x_hat from the saved statistics; zero in the padding lanes."""
     if mean_ptr is not None:
-        x -= tl.load(mean_ptr + rows, rows_mask, other=0.0)[:, None]
+        x -= tl.load(mean_ptr + rows, rows < M, other=0.0)[:, None]
     return tl.where(mask, x * rstd[:, None], 0.0)
 
 

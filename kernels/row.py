@@ -19,7 +19,7 @@ from .primitives import (
     scale,
     spread,
     store_tile,
-    tile,
+    tile_mask,
 )
 
 
@@ -46,7 +46,7 @@ def row_forward_resident(
     sizes = (M, R1, R2)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
-    rows_mask, mask = tile(rows, cols, M, R2, N)
+    mask = tile_mask(rows, cols, M, R2, N)
 
     x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
 
@@ -58,10 +58,10 @@ def row_forward_resident(
             rest, x = center(x, mask, N)
             mean += rest
         if mean_ptr is not None:
-            tl.store(mean_ptr + rows, mean, rows_mask)
+            tl.store(mean_ptr + rows, mean, rows < M)
     saved = spread(tl.sum(x * x, axis=1), eps, N, NORM)
     if spread_ptr is not None:
-        tl.store(spread_ptr + rows, saved, rows_mask)
+        tl.store(spread_ptr + rows, saved, rows < M)
 
     y = affine(x * scale(saved, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
 
@@ -98,13 +98,13 @@ def row_forward_looped(
     if NORM == "layer":
         # Welford's algorithm, on x less the mean of the first chunk: the means are then of the size
         # of the spread, and do not lose digits to a large common mean.
-        rows_mask, mask = tile(rows, lanes, M, R2, N)
+        mask = tile_mask(rows, lanes, M, R2, N)
         first = load_tile(x_ptr, rows, lanes, mask, x_strides, sizes, ALIGN)
         shift = tl.sum(first, axis=1) / min(N, BLOCK_N)
         means = tl.zeros([ROWS, BLOCK_N], dtype)
         for start in range(0, N, BLOCK_N):
             cols = start + lanes
-            rows_mask, mask = tile(rows, cols, M, R2, N)
+            mask = tile_mask(rows, cols, M, R2, N)
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN) - shift[:, None]
             delta = x - means
             means += tl.where(mask, delta / (start // BLOCK_N + 1), 0.0)
@@ -118,7 +118,7 @@ def row_forward_looped(
     else:
         for start in range(0, N, BLOCK_N):
             cols = start + lanes
-            rows_mask, mask = tile(rows, cols, M, R2, N)
+            mask = tile_mask(rows, cols, M, R2, N)
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
             squares += x * x
     saved = spread(tl.sum(squares, axis=1), eps, N, NORM)
@@ -128,7 +128,7 @@ def row_forward_looped(
 
     for start in range(0, N, BLOCK_N):
         cols = start + lanes
-        _, mask = tile(rows, cols, M, R2, N)
+        mask = tile_mask(rows, cols, M, R2, N)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         if NORM == "layer":
             x = (x - shift[:, None]) - rest[:, None]
@@ -168,11 +168,11 @@ def row_gradient_means(
 
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        rows_mask, mask = tile(rows, cols, M, R2, N)
+        mask = tile_mask(rows, cols, M, R2, N)
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N)
-        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, rows_mask, mask)
+        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M)
         wdy_sum += wdy
 
     c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), saved, eps, N, NORM)
@@ -217,12 +217,12 @@ def row_backward(
 
     for start in range(program * ROWS, M, tl.num_programs(1) * ROWS):
         rows = start + tl.arange(0, ROWS)
-        rows_mask, mask = tile(rows, cols, M, R2, N)
+        mask = tile_mask(rows, cols, M, R2, N)
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
-        saved = tl.load(spread_ptr + rows, rows_mask, other=0.0)
+        saved = tl.load(spread_ptr + rows, rows < M, other=0.0)
         rstd = scale(saved, eps, NORM)
-        x_hat = normalized(x, mean_ptr, rstd, rows, rows_mask, mask)
+        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
 
         if dweight_partial_ptr is not None:
             dweight += dy * x_hat
@@ -233,8 +233,8 @@ def row_backward(
             if weight_ptr is not None:
                 wdy *= weight
             if c1_ptr is not None:
-                c1 = tl.load(c1_ptr + rows, rows_mask, other=0.0)
-                c2 = tl.load(c2_ptr + rows, rows_mask, other=0.0)
+                c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
+                c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
                 c1, c2 = gradient_means(
                     tl.sum(wdy * x_hat, axis=1), tl.sum(wdy, axis=1), saved, eps, N, NORM
