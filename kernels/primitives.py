@@ -61,12 +61,26 @@ def store_tile(ptr, tile, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr)
 
 
 @triton.jit
+def divide(total, N: tl.constexpr):
+    """total / N, correctly rounded in float32: the mean of equal values is that value.
+
+    float64 multiplies by the inverse, since its division is a call that spills; its means are taken
+    twice.
+    """
+    if total.dtype == tl.float64:
+        result = total * tl.full((), 1.0 / N, tl.float64)
+    else:
+        result = tl.div_rn(total, tl.full((), N, tl.float32))
+    return result
+
+
+@triton.jit
 def center(x, mask, N: tl.constexpr):
     """Mean `[ROWS]` of the rows of a tile, and the tile less its mean, with padding lanes at zero.
 
     `x` is zero in the padding lanes.
     """
-    mean = tl.sum(x, axis=1) / N
+    mean = divide(tl.sum(x, axis=1), N)
     return mean, tl.where(mask, x - mean[:, None], 0.0)
 
 
@@ -80,7 +94,7 @@ def spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
         else:
             result = tl.sqrt_rn(sum_of_squares)
     else:
-        result = tl.rsqrt(sum_of_squares / N + tl.full((), eps, sum_of_squares.dtype))
+        result = tl.rsqrt(divide(sum_of_squares, N) + tl.full((), eps, sum_of_squares.dtype))
     return result
 
 
@@ -128,9 +142,9 @@ def gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N: tl.constexpr, NORM: t
         clamped = spread < tl.full((), eps, spread.dtype)
         c1 = tl.where(clamped, 0.0, sum_wdy_x_hat)
     else:
-        c1 = sum_wdy_x_hat / N
+        c1 = divide(sum_wdy_x_hat, N)
     if NORM == "layer":
-        c2 = sum_wdy / N
+        c2 = divide(sum_wdy, N)
     else:
         c2 = tl.zeros_like(sum_wdy)
     return c1, c2

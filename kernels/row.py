@@ -11,6 +11,7 @@ from .primitives import (
     affine,
     center,
     compute_dtype,
+    divide,
     gradient_means,
     input_gradient,
     load_parameter,
@@ -100,7 +101,7 @@ def row_forward_looped(
         # of the spread, and do not lose digits to a large common mean.
         mask = tile_mask(rows, lanes, M, R2, N)
         first = load_tile(x_ptr, rows, lanes, mask, x_strides, sizes, ALIGN)
-        shift = tl.sum(first, axis=1) / min(N, BLOCK_N)
+        shift = divide(tl.sum(first, axis=1), BLOCK_N)
         means = tl.zeros([ROWS, BLOCK_N], dtype)
         for start in range(0, N, BLOCK_N):
             cols = start + lanes
@@ -110,7 +111,7 @@ def row_forward_looped(
             means += tl.where(mask, delta / (start // BLOCK_N + 1), 0.0)
             squares += tl.where(mask, delta * (x - means), 0.0)
         counts = (N // BLOCK_N + (lanes < N % BLOCK_N).to(tl.int32)).to(dtype)[None, :]
-        rest = tl.sum(means * counts, axis=1) / N
+        rest = divide(tl.sum(means * counts, axis=1), N)
         means -= rest[:, None]
         squares += means * means * counts
         if mean_ptr is not None:

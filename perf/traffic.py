@@ -1,6 +1,25 @@
-"""Bytes moved to and from memory: the floor, and what a launch moves."""
+"""Bytes moved to and from memory: the floor, and what the launches really touch.
 
-from .shapes import OPERATORS, Case
+Triton's interpreter executes every load and store of a kernel on addresses that can be counted. Each
+activation and statistic is counted as often as it is touched; parameters, which every program reads
+and L2 serves, once. Partial parameter gradients, written and read once, stand beside the floor.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from .shapes import OPERATORS, PASSES, Case
+
+SIZES = (64, 128, 512, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20000, 65536)
+ROWS = 8
+STATISTICS = ("mean", "spread", "c1", "c2")
+TOLERANCE = 0.005
 
 
 def tensor_bytes(case: Case) -> int:
@@ -21,3 +40,148 @@ def floor_bytes(case: Case) -> int:
         return 2 * tensor_bytes(case) + statistics + parameter * len(operator.parameters)
     weights = parameter * ("weight" in operator.parameters)
     return 3 * tensor_bytes(case) + statistics + weights + parameter * len(operator.parameters)
+
+
+@contextmanager
+def memory_accesses(observer):
+    """While open, every access of an interpreted kernel first calls
+    `observer(addresses, itemsize, is_store)`, with the addresses that its mask lets through."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def observed_load(pointers, mask, *others):
+        observer(pointers.data[mask.data], _itemsize(pointers), False)
+        return load(pointers, mask, *others)
+
+    def observed_store(pointers, value, mask, *others):
+        observer(pointers.data[mask.data], _itemsize(pointers), True)
+        return store(pointers, value, mask, *others)
+
+    builder.create_masked_load, builder.create_masked_store = observed_load, observed_store
+    try:
+        yield
+    finally:
+        del builder.create_masked_load, builder.create_masked_store
+
+
+def _itemsize(pointers) -> int:
+    return pointers.get_element_ty().primitive_bitwidth // 8
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one pass of a case moved, in bytes."""
+
+    case: Case
+    touched: dict[str, int]  # by tensor, as often as it is touched
+    distinct: dict[str, int]  # by tensor, each byte once
+
+    @property
+    def activations(self) -> dict[str, float]:
+        """Times that each activation tensor was moved."""
+        return {
+            name: self.touched[name] / tensor_bytes(self.case)
+            for name in ("x", "dy", "y", "dx")
+            if name in self.touched
+        }
+
+    @property
+    def partials(self) -> int:
+        return sum(size for name, size in self.touched.items() if name.endswith("_partial"))
+
+    @property
+    def total(self) -> int:
+        """Bytes to compare with the floor."""
+        counted = (*self.activations, *STATISTICS)
+        return sum(
+            self.touched[name] if name in counted else self.distinct[name]
+            for name in self.touched
+            if not name.endswith("_partial")
+        )
+
+    @property
+    def excess(self) -> float:
+        """Bytes above the floor, as a part of it."""
+        return self.total / floor_bytes(self.case) - 1
+
+    @property
+    def reread(self) -> str:
+        """Names the activations that were moved more than once."""
+        more = {name: times for name, times in self.activations.items() if times > 1}
+        return ", ".join(f"{name} {times:.2f} times" for name, times in more.items())
+
+
+def measure(case: Case) -> Moved:
+    """Runs a case in the interpreter and counts."""
+    from . import launches
+
+    touched, sizes, seen = Counter(), {}, {}
+
+    def launch(kernel, grid, arguments):
+        tensors = launches.tensors(arguments)
+
+        def count(addresses, itemsize, is_store):
+            if addresses.size == 0:
+                return
+            for name, tensor in tensors.items():
+                first = tensor.data_ptr()
+                if first <= addresses[0] < first + tensor.nbytes:
+                    touched[name] += addresses.size * itemsize
+                    sizes[name] = itemsize
+                    elements = seen.setdefault(name, np.zeros(tensor.numel(), bool))
+                    elements[(addresses - np.uint64(first)) // itemsize] = True
+                    return
+
+        with memory_accesses(count):
+            kernel[grid](**arguments)
+
+    with launches.observe(launch):
+        launches.run(case)
+    distinct = {name: int(elements.sum()) * sizes[name] for name, elements in seen.items()}
+    return Moved(case, dict(touched), distinct)
+
+
+def cases(brief: bool = False) -> list[Case]:
+    """LayerNorm in three widths, the others in bfloat16."""
+    sizes = (128, 1000, 4096, 8192, 16384, 65536) if brief else SIZES
+    return [
+        Case(operator, direction, ROWS, n, dtype)
+        for operator in OPERATORS
+        for direction in PASSES
+        for dtype in (("bf16", "fp32", "fp64") if operator == "layer_norm" and not brief else ("bf16",))
+        for n in sizes
+    ]
+
+
+def table(moved: list[Moved]) -> str:
+    """One line a case: activations in units of T, bytes above the floor, and what was read again."""
+    lines = [
+        f"{'operator':<11} {'pass':<8} {'dtype':<5} {'n':>6} {'floor':>5} {'moved':>6} {'excess':>7}"
+        " read again"
+    ]
+    for result in moved:
+        case = result.case
+        floor = 2 if case.direction == "forward" else 3
+        activations = sum(result.activations.values())
+        lines.append(
+            f"{case.operator:<11} {case.direction:<8} {case.dtype:<5} {case.n:>6} {floor:>4}T "
+            f"{activations:>5.2f}T {result.excess:>7.1%} {result.reread}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def add_arguments(parser):
+    parser.add_argument("--brief", action="store_true", help="six row lengths in bfloat16")
+
+
+def run(arguments) -> int:
+    if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        return subprocess.run([sys.executable, "-m", "perf", *sys.argv[1:]], env=environment).returncode
+    moved = [measure(case) for case in cases(arguments.brief)]
+    print(f"Bytes touched, counted in Triton's interpreter on {ROWS} rows; nothing was timed")
+    print(table(moved))
+    at_floor = sum(abs(result.excess) <= TOLERANCE for result in moved)
+    print(f"\n{len(moved)} cases, {at_floor} within {TOLERANCE:.1%} of the floor")
+    return 0

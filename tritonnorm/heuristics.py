@@ -16,15 +16,16 @@ MIN_WARPS = 4
 MAX_WARPS = 32
 
 FORWARD_ELEMENTS = 16
-"""Elements a thread holds in the forward pass: two 16-byte loads of bfloat16 in flight, at 60
-registers. 32 take 108, which leaves one block of 16 warps on an SM."""
+"""Elements a thread holds in the forward pass: two 16-byte loads of bfloat16 in flight, at 32 to 48
+registers. 32 take up to 108, which leaves one block of 16 warps on an SM."""
 
 BACKWARD_ELEMENTS = 8
 """In the backward pass, where x, dy, weight, dweight and dbias are all held: 64 registers. 16 take 122
 to 126, for the same bytes in flight an SM (unmeasured)."""
 
+STRIDED_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
 STRIDED_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
-"""The same for strided rows, where 8 of float64 spill."""
+"""The same for strided rows, by bytes an element: twice as many of float64 spill."""
 
 FORWARD_RESIDENT = {2: 16384, 4: 16384, 8: 8192}
 """Largest row, by bytes an element, that the forward pass holds in registers. Twice that spills."""
@@ -42,7 +43,7 @@ STRIDED_BYTES = 64
 """Bytes side by side that a tile takes of strided rows: two sectors. One, 32 bytes, halves an H100's
 bandwidth, and is what is left to rows too long for two."""
 
-STRIDED_FORWARD_TILE = {2: 16384, 4: 16384, 8: 8192}
+STRIDED_FORWARD_TILE = {2: 16384, 4: 16384, 8: 4096}
 """Elements, at most, of a tile of strided rows in the forward pass."""
 
 STRIDED_BACKWARD_TILE = {2: 4096, 4: 4096, 8: 2048}
@@ -58,9 +59,9 @@ MAX_PARTIALS = 1024
 """Programs, at most, that walk through the rows: at 4 warps and 64 registers 8 fit on an SM, 1,056 on
 an H100 (unmeasured)."""
 
-FOLD_ROWS, FOLD_COLUMNS, FOLD_WARPS = 256, 16, 8
-"""Tile of the fold of partial gradients: at most 4 loads one after another (MAX_PARTIALS / FOLD_ROWS),
-and at N = 128 still 8 programs (unmeasured)."""
+FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
+"""Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4
+loads one after another (MAX_PARTIALS / 256 rows), and at N = 128 still 8 programs (unmeasured)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def row_forward(n: int, itemsize: int, strided: bool) -> RowTile:
         n,
         itemsize,
         strided,
-        a_thread=FORWARD_ELEMENTS,
+        a_thread=STRIDED_FORWARD_ELEMENTS[itemsize] if strided else FORWARD_ELEMENTS,
         resident=FORWARD_RESIDENT[itemsize],
         chunk=FORWARD_CHUNK[itemsize],
         strided_tile=STRIDED_FORWARD_TILE[itemsize],
@@ -135,3 +136,9 @@ def row_partials(m: int, n: int, itemsize: int, parameters: int, rows: int) -> i
     traffic = 3 * m * n * itemsize
     share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
     return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), MAX_PARTIALS), 1)
+
+
+def fold(partials: int) -> RowTile:
+    """The fold of so many partial gradients."""
+    rows = min(_power_of_two(partials), FOLD_ELEMENTS // FOLD_COLUMNS)
+    return RowTile(rows, FOLD_ELEMENTS // rows, FOLD_WARPS)

@@ -153,16 +153,17 @@ def row_backward(
             **rows,
         )
         if parameters:
-            fold_parameter_gradients[(ceil(view.n / heuristics.FOLD_COLUMNS),)](
+            fold = heuristics.fold(programs)
+            fold_parameter_gradients[(ceil(view.n / fold.block_n),)](
                 dweight_partial_ptr=dweight_partial,
                 dbias_partial_ptr=dbias_partial,
                 dweight_ptr=dweight,
                 dbias_ptr=dbias,
                 P=programs,
                 N=view.n,
-                BLOCK_P=heuristics.FOLD_ROWS,
-                BLOCK_N=heuristics.FOLD_COLUMNS,
-                num_warps=heuristics.FOLD_WARPS,
+                BLOCK_P=fold.rows,
+                BLOCK_N=fold.block_n,
+                num_warps=fold.num_warps,
                 **FP_FUSION,
             )
     return dx, dweight, dbias
