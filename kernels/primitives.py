@@ -62,16 +62,11 @@ def store_tile(ptr, tile, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr)
 
 @triton.jit
 def divide(total, N: tl.constexpr):
-    """total / N, correctly rounded in float32: the mean of equal values is that value.
+    """total / N, in float32 correctly rounded but for ties: the mean of equal values is that value.
 
-    float64 multiplies by the inverse, since its division is a call that spills; its means are taken
-    twice.
+    A division would be inexact by 2 ulp, or exact by a call that spills.
     """
-    if total.dtype == tl.float64:
-        result = total * tl.full((), 1.0 / N, tl.float64)
-    else:
-        result = tl.div_rn(total, tl.full((), N, tl.float32))
-    return result
+    return (total.to(tl.float64) * tl.full((), 1.0 / N, tl.float64)).to(total.dtype)
 
 
 @triton.jit

@@ -129,9 +129,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
             _result_dtype(input),
             torch.contiguous_format,
         )
-    return _with_torch(
-        lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias
-    )
+    return _with_torch(lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias)
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):

@@ -29,17 +29,22 @@ def _on_device(x: torch.Tensor):
 
 
 def _view_rows(normalized_dims, inputs, output):
-    """The row view that inputs and output (or None) share. Where none exists, of contiguous copies."""
-    tensors = [*inputs, output] if output is not None else inputs
+    """The row view that inputs and output (or None) share, and what it is a view of: the tensors
+    themselves or, where they have no view in common, contiguous ones in their stead."""
     shape = inputs[0].shape
-    view = row_view(shape, normalized_dims, [t.stride() for t in tensors])
-    if view is None:
+
+    def view(tensors):
+        strides = [t.stride() for t in tensors if t is not None]
+        return row_view(shape, normalized_dims, strides)
+
+    shared = view([*inputs, output])
+    if shared is None:
         inputs = [t.contiguous() for t in inputs]
-        if output is not None:
+        if output is not None and not output.is_contiguous():
             output = torch.empty(shape, dtype=output.dtype, device=output.device)
-        tensors = [*inputs, output] if output is not None else inputs
-        view = row_view(shape, normalized_dims, [t.stride() for t in tensors])
-    return view, common_alignment(view, normalized_dims, *tensors), inputs, output
+        shared = view([*inputs, output])
+    present = [t for t in (*inputs, output) if t is not None]
+    return shared, common_alignment(shared, normalized_dims, *present), inputs, output
 
 
 def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_format, save_statistics):
@@ -57,13 +62,13 @@ def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_fo
     if x.numel() == 0:
         return y, mean, spread
 
-    view, align, (x,), y = _view_rows(normalized_dims, [x], y)
+    view, align, (x,), target = _view_rows(normalized_dims, [x], y)
     tile = heuristics.row_forward(view.n, x.element_size(), view.strided)
     kernel = row_forward_resident if tile.block_n >= view.n else row_forward_looped
     with _on_device(x):
         kernel[(ceil(view.m / tile.rows),)](
             x_ptr=x,
-            y_ptr=y,
+            y_ptr=target,
             weight_ptr=weight,
             bias_ptr=bias,
             mean_ptr=mean,
@@ -82,6 +87,8 @@ def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_fo
             num_warps=tile.num_warps,
             **FP_FUSION,
         )
+    if target is not y:
+        y.copy_(target)
     return y, mean, spread
 
 
@@ -110,7 +117,7 @@ def row_backward(
     if x.numel() == 0:
         return dx, dweight, dbias
 
-    view, align, (x, dy), dx = _view_rows(normalized_dims, [x, dy], dx)
+    view, align, (x, dy), target = _view_rows(normalized_dims, [x, dy], dx)
     tile = heuristics.row_backward(view.n, x.element_size(), view.strided)
     parameters = 2 - dtypes.count(None)
     programs = heuristics.row_partials(view.m, view.n, x.element_size(), parameters, tile.rows)
@@ -146,7 +153,7 @@ def row_backward(
         row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
             c1_ptr=c1,
             c2_ptr=c2,
-            dx_ptr=dx,
+            dx_ptr=target,
             dweight_partial_ptr=dweight_partial,
             dbias_partial_ptr=dbias_partial,
             dx_strides=view.strides[2] if dx is not None else None,
@@ -166,4 +173,6 @@ def row_backward(
                 num_warps=fold.num_warps,
                 **FP_FUSION,
             )
+    if target is not dx:
+        dx.copy_(target)
     return dx, dweight, dbias
