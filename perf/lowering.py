@@ -229,9 +229,7 @@ def cases(brief: bool = False) -> list[tuple[Case, bool]]:
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         choose = getattr(heuristics, f"row_{direction}")
                         tiles.setdefault(choose(n, DTYPES[dtype].itemsize, strided=True), n)
-                    chosen += [
-                        (Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()
-                    ]
+                    chosen += [(Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()]
     return chosen
 
 

@@ -1,0 +1,98 @@
+"""The whole run on a GPU machine: install in place, test, benchmark, plot.
+
+It uses the Python that is there, with its torch and triton, and no network. Everything is kept in one
+folder named for the device: `tests.txt`, `bench.csv` and the plots.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from math import inf
+from pathlib import Path
+
+from . import machine
+from .shapes import SHAPE_SETS
+
+FULL_SHAPES = tuple(name for name in SHAPE_SETS if name != "quick")
+FULL_DTYPES = ("bf16", "fp32")
+
+
+def environment() -> dict[str, str]:
+    """The environment of the steps: this checkout first on the path, output shown as it comes."""
+    path = os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def step(*arguments: str, log: Path | None = None) -> int:
+    """Runs `python <arguments>` in the checkout, its output shown and kept in `log`; its status."""
+    command = [sys.executable, *arguments]
+    print(f"\n$ python {' '.join(arguments)}", flush=True)
+    if log is None:
+        return subprocess.run(command, cwd=machine.ROOT, env=environment(), check=False).returncode
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+    return process.returncode
+
+
+def install() -> None:
+    """Installs the checkout in place. Where that fails (no pip, no setuptools), the path serves."""
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    if step("-m", "pip", "install", *options, "-e", "."):
+        print("not installed; going on with PYTHONPATH")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: perf/results/<device>)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the shapes of the set `quick`, in bf16 only"
+    )
+    parser.add_argument("--skip-tests", action="store_true", help="benchmark only")
+    parser.add_argument("--seconds", type=float, default=inf, help="benchmark no longer than this")
+
+
+def measure(out: Path, arguments) -> int:
+    """Installs, tests, benchmarks and plots; 1 if the tests or the benchmark failed. A failed plot is
+    not a failure: without matplotlib it can be drawn from the CSV elsewhere."""
+    install()
+    tests = 0 if arguments.skip_tests else step("-m", "pytest", log=out / "tests.txt")
+    shapes, dtypes = (("quick",), ("bf16",)) if arguments.quick else (FULL_SHAPES, FULL_DTYPES)
+    table = os.path.relpath(out / "bench.csv", machine.ROOT)  # the CSV keeps the command
+    bench = step(
+        *("-m", "perf", "bench", "--out", table, "--seconds", str(arguments.seconds)),
+        *("--shapes", *shapes, "--dtypes", *dtypes),
+    )
+    step("-m", "perf", "roofline", table)
+    for name, status in (("tests", tests), ("bench", bench)):
+        if status:
+            print(f"{name}: failed with status {status}")
+    return int(bool(tests or bench))
+
+
+def run(arguments) -> int:
+    if reason := machine.refusal():
+        print(f"gpu: {reason}", file=sys.stderr)
+        return machine.NO_DEVICE_STATUS
+    out = (arguments.out or machine.results_folder()).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        status = measure(out, arguments)
+    except KeyboardInterrupt:
+        status = machine.INTERRUPTED_STATUS
+    print(f"results in {out}")
+    return status

@@ -1,0 +1,113 @@
+"""The CSV of `bench`: its columns, written a row at a time, and what it says in a few lines."""
+
+import csv
+import statistics
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+from .shapes import Case
+
+CASE_FIELDS = ("operator", "direction", "m", "n", "dtype")
+RESULT_FIELDS = (
+    "provider",
+    "provider_version",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "host_us",
+    "floor_bytes",
+    "gbps",
+    "fraction_of_copy",
+    "max_error",
+    "status",
+    "error",
+)
+RUN_FIELDS = (
+    "device",
+    "driver_version",
+    "cuda_version",
+    "torch_version",
+    "triton_version",
+    "python_version",
+    "tritonnorm_version",
+    "date",
+    "command",
+)
+FIELDS = CASE_FIELDS + RESULT_FIELDS + RUN_FIELDS
+
+FASTER = 0.98
+"""A peer is faster if it takes less than this part of our time; below that is noise."""
+
+
+class Table:
+    """The CSV, a row at a time on disk. With `resume` it keeps the rows that are there.
+
+    Raises:
+        ValueError: a file to be resumed has other columns.
+    """
+
+    def __init__(self, path: Path, run: dict[str, str], resume: bool):
+        self._run = run
+        self._rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if resume and path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or FIELDS) != FIELDS:
+                    raise ValueError(f"{path} has other columns, and cannot be resumed")
+                self._rows = {self._key(row): row for row in reader}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a" if self._rows else "w", newline="")
+        self._writer = csv.DictWriter(self._file, FIELDS, restval="")
+        if not self._rows:
+            self._writer.writeheader()
+
+    @staticmethod
+    def _key(row) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in (*CASE_FIELDS, "provider"))
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        return list(self._rows.values())
+
+    def find(self, case: Case | None, provider: str) -> dict[str, str] | None:
+        """The row of a provider on a case, or on none: that of an absent provider."""
+        return self._rows.get(self._key({**(asdict(case) if case else {}), "provider": provider}))
+
+    def add(self, **values) -> None:
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row = {name: str(value) for name, value in {**values, **self._run, "date": date}.items()}
+        self._rows[self._key(row)] = row
+        self._writer.writerow(row)
+        self._file.flush()
+
+
+def summary(rows) -> str:
+    """Which part of a copy's bandwidth tritonnorm reached, where a peer is faster, and what failed."""
+    times = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            times[tuple(row[name] for name in CASE_FIELDS)][row["provider"]] = float(row["median_us"])
+    fractions, lines = defaultdict(list), []
+    for (operator, direction, m, n, dtype), case in times.items():
+        ours, copy = case.pop("tritonnorm", None), case.pop("copy", None)
+        if ours is None or copy is None:
+            continue
+        fractions[operator, direction, dtype].append(copy / ours)
+        lines += [
+            f"  {operator} {direction} {m}x{n} {dtype}: {peer} takes {theirs / ours:.0%} of our time"
+            for peer, theirs in case.items()
+            if theirs < FASTER * ours
+        ]
+    margin = f"by more than {1 - FASTER:.0%}"
+    if fractions:
+        lines.insert(0, f"a peer is faster {margin} in:" if lines else f"no peer is faster {margin}")
+    found = [
+        f"{' '.join(key)}: {min(parts):.0%} to {max(parts):.0%} of a copy's bandwidth, "
+        f"median {statistics.median(parts):.0%}, {len(parts)} shapes"
+        for key, parts in fractions.items()
+    ]
+    failures = Counter((r["provider"], r["status"]) for r in rows if r["status"] in ("wrong", "error"))
+    failed = [f"{provider}: {count} rows {status}" for (provider, status), count in failures.items()]
+    return "\n".join([*found, *lines, *failed])
