@@ -23,8 +23,12 @@ class _Observed:
 
 @contextmanager
 def observe(observer):
-    """While open, a launch calls `observer(kernel, grid, arguments)` in its stead, which may run it."""
-    kernels = {name: f for name, f in vars(launch).items() if isinstance(f, KernelInterface)}
+    """While open, a launch calls `observer(kernel, grid, arguments)` in its stead, which may run it.
+
+    Of observers within each other the inner one is called; what it runs, the outer one sees.
+    """
+    kinds = (KernelInterface, _Observed)
+    kernels = {name: f for name, f in vars(launch).items() if isinstance(f, kinds)}
     for name, kernel in kernels.items():
         setattr(launch, name, _Observed(kernel, observer))
     try:

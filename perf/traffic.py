@@ -62,7 +62,7 @@ def memory_accesses(observer):
     try:
         yield
     finally:
-        del builder.create_masked_load, builder.create_masked_store
+        builder.create_masked_load, builder.create_masked_store = load, store
 
 
 def _itemsize(pointers) -> int:

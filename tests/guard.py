@@ -62,7 +62,7 @@ def guarded(kernel, grid, arguments):
     for extent in extents:
         races = np.flatnonzero(extent.shared & extent.written)
         assert races.size == 0, (
-            f"{kernel.__name__}: {extent.name}[{races[0]}] is written by one program, touched by another"
+            f"{kernel.__name__}: one program writes {extent.name}[{races[0]}], another touches it"
         )
 
 

@@ -1,0 +1,76 @@
+"""What the compiler makes of every launch choice, for GPUs that are not there: gates 1 to 3.
+
+Compilation runs in processes of its own, where kernels are not interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from perf.lowering import TARGETS, Lowered, _access_widths
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_gates(target):
+    """No spills, 128-bit accesses, one read, for every tile and dtype that the heuristics can choose."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "perf", "lowering", "--target", target, "--json"]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    records = json.loads(output)
+    assert len(records) > 200
+    assert {r["kernel"] for r in records} == {
+        "row_forward_resident",
+        "row_forward_looped",
+        "row_gradient_means",
+        "row_backward",
+    }
+    failing = [(r["kernel"], r["dtype"], r["n"], r["violations"]) for r in records if r["violations"]]
+    assert not failing
+
+
+def lowered(**changes):
+    fields = dict(
+        target="sm_90",
+        kernel="row_backward",
+        operator="layer_norm",
+        direction="backward",
+        n=1024,
+        dtype="bf16",
+        strided=False,
+        rows=1,
+        block_n=1024,
+        num_warps=4,
+        registers=64,
+        stack=0,
+        widths={"x": [16], "dy": [16], "dx": [16], "mean": [4]},
+        bytes_in_flight=0,
+    )
+    return Lowered(**(fields | changes))
+
+
+def test_violations_are_noticed():
+    assert lowered().violations == []
+    assert "spills" in lowered(stack=8).violations[0]
+    assert "accesses of 2 bytes" in lowered(widths={"x": [2] * 8}).violations[0]
+    assert "touches" in lowered(widths={"x": [16, 16]}).violations[0]
+    assert lowered(n=1001, widths={"x": [2] * 8}).violations == []  # rows are not of whole words
+
+
+PTX = """
+    ld.param.b64 \t%rd1, [kernel_param_0];
+    ld.param.b64 \t%rd2, [kernel_param_1];
+    ld.param.b32 \t%r1, [kernel_param_2];
+    mul.wide.s32 \t%rd3, %r1, 2;
+    add.s64 \t%rd4, %rd1, %rd3;
+    mov.b64 \t%rd5, %rd4;
+    @%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd5 + 0 ];
+    add.s64 \t%rd6, %rd2, %rd3;
+    @!%p2 st.global.b16 [ %rd6 + 8 ], { %rs1 };
+"""
+
+
+def test_accesses_are_traced_to_their_tensor():
+    assert _access_widths(PTX, {0: "x", 1: "y"}) == {"x": [16], "y": [2]}

@@ -1,0 +1,104 @@
+"""Shapes and strides to row views, without a kernel."""
+
+import pytest
+import torch
+
+from tritonnorm.views import common_alignment, merge, row_view
+
+
+def offsets(view, tensor=0):
+    """The offset of every element of a view, row by row, as the kernels compute them."""
+    r0, r1, r2, n = view.strides[tensor]
+    index = torch.arange(view.m)
+    rows = index // view.r2 // view.r1 * r0 + index // view.r2 % view.r1 * r1 + index % view.r2 * r2
+    return rows[:, None] + torch.arange(view.n) * n
+
+
+@pytest.mark.parametrize(
+    ("x", "normalized_dims"),
+    [
+        (torch.empty(3, 4, 5), 1),
+        (torch.empty(3, 4, 5), 2),
+        (torch.empty(3, 4, 5), 3),
+        (torch.empty(5), 1),
+        (torch.empty(2, 1, 5, 1), 2),
+        (torch.empty(2, 5, 3, 4, 8)[:, :, 1].transpose(1, 2), 1),
+        (torch.empty(2, 6, 3, 4).movedim(1, -1), 1),
+        (torch.empty(10, 40)[::2, ::3], 1),
+        (torch.empty(1, 8).expand(6, 8), 1),
+        (torch.empty(6, 1).expand(6, 8), 1),
+        (torch.empty(3, 4, 5, 6)[:, :2, :3], 1),
+    ],
+)
+def test_every_element_is_where_its_strides_say(x, normalized_dims):
+    view = row_view(x.shape, normalized_dims, [x.stride()])
+    expected = sum(
+        torch.arange(size).view([-1 if d == i else 1 for i in range(x.dim())]) * stride
+        for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
+    )
+    assert torch.equal(offsets(view), expected.reshape(view.m, view.n))
+
+
+def test_contiguous_rows_have_one_step():
+    """Nothing of the batch's shape reaches the kernel but the number of rows."""
+    views = [
+        row_view(shape, 1, [torch.empty(shape).stride()]) for shape in [(6, 8), (2, 3, 8), (1, 6, 1, 8)]
+    ]
+    assert views[0] == views[1] == views[2]
+    assert (views[0].r1, views[0].r2, views[0].strides) == (1, 1, ((8, 0, 0, 1),))
+
+
+def test_tensors_merge_together_or_not_at_all():
+    x, y = torch.empty(3, 4, 8), torch.empty(4, 3, 8).transpose(0, 1)
+    view = row_view(x.shape, 1, [x.stride(), y.stride()])
+    assert torch.equal(offsets(view, 0), torch.arange(96).view(12, 8))
+    assert torch.equal(offsets(view, 1), torch.arange(96).view(4, 3, 8).transpose(0, 1).reshape(12, 8))
+
+
+def test_rows_next_to_each_other_come_last():
+    """Channels of NCHW: the image's size, whose divisibility counts, is R2 whatever the batch is."""
+    for batch in (1, 2):
+        x = torch.empty(batch, 6, 4, 8).movedim(1, -1)
+        view = row_view(x.shape, 1, [x.stride()])
+        assert (view.r2, view.strides[0][2:], view.strided) == (32, (1, 32), True)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(2, 2, 3, 2, 8).permute(3, 1, 0, 2, 4)[:, :, :, ::2],  # four row dimensions
+        torch.empty(3, 4, 6)[:, :, :5],  # two dimensions within the row
+    ],
+)
+def test_no_view(x):
+    assert row_view(x.shape, 2 if x.dim() == 3 else 1, [x.stride()]) is None
+
+
+def test_merge_drops_dimensions_of_one():
+    assert merge((1, 4, 1, 5, 1), [(99, 5, 7, 1, 3)]) == ([20], [[1]])
+    assert merge((1, 1), [(4, 2)]) == ([], [[]])
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (torch.empty(4, 64), 16),
+        (torch.empty(4, 1000), 8),
+        (torch.empty(4, 1001), 1),
+        (torch.empty(4, 72)[:, :64], 8),
+        (torch.empty(4, 64)[:, 4:36], 4),
+        (torch.empty(65)[1:].view(1, 64), 1),
+        (torch.empty(1, 64).expand(5, 64), 16),
+        (torch.empty(5, 130)[:1, :64], 2),  # one row of a batch whose rows are 130 apart
+        (torch.empty(64, 4).t(), None),
+    ],
+)
+def test_alignment(x, expected):
+    view = row_view(x.shape, 1, [x.stride()])
+    assert common_alignment(view, 1, x) == expected
+
+
+def test_alignment_is_that_of_the_worst_tensor():
+    x, y = torch.empty(4, 64), torch.empty(4, 66)[:, :64]
+    view = row_view(x.shape, 1, [x.stride(), y.stride()])
+    assert common_alignment(view, 1, x, y) == 2
