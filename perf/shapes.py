@@ -23,6 +23,11 @@ OPERATORS = {
 }
 
 
+BRIEF_OPERATORS = ("layer_norm", "rms_norm")
+BRIEF_SIZES = (128, 1000, 4096, 8192, 16384, 65536)
+"""What a table that is to be read at a glance shows: short and long rows, resident and not."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator and pass on `[m, n]` rows. Parameters have the dtype of the input."""

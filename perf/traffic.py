@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .shapes import OPERATORS, PASSES, Case
+from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, Case
 
 SIZES = (64, 128, 512, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20000, 65536)
 ROWS = 8
@@ -144,12 +144,15 @@ def measure(case: Case) -> Moved:
 
 def cases(brief: bool = False) -> list[Case]:
     """LayerNorm in three widths, the others in bfloat16."""
-    sizes = (128, 1000, 4096, 8192, 16384, 65536) if brief else SIZES
+    if brief:
+        operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
+    else:
+        operators, sizes, dtypes = OPERATORS, SIZES, ("bf16", "fp32", "fp64")
     return [
         Case(operator, direction, ROWS, n, dtype)
-        for operator in OPERATORS
+        for operator in operators
         for direction in PASSES
-        for dtype in (("bf16", "fp32", "fp64") if operator == "layer_norm" and not brief else ("bf16",))
+        for dtype in (dtypes if operator == "layer_norm" else ("bf16",))
         for n in sizes
     ]
 
@@ -172,7 +175,7 @@ def table(moved: list[Moved]) -> str:
 
 
 def add_arguments(parser):
-    parser.add_argument("--brief", action="store_true", help="six row lengths in bfloat16")
+    parser.add_argument("--brief", action="store_true", help="two operators, six row lengths, bfloat16")
 
 
 def run(arguments) -> int:
