@@ -163,7 +163,9 @@ def _instructions(cubin: bytes) -> int:
     longest = 0
     for i, (_, instruction) in enumerate(found):
         if branch := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction):
-            longest = max(longest, i + 1 - position.get(int(branch[1], 16), i + 1))
+            target = position.get(int(branch[1], 16), i)
+            if target < i:  # a branch to itself only pads the end
+                longest = max(longest, i + 1 - target)
     return longest or len(found)
 
 
