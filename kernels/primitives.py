@@ -80,7 +80,7 @@ def center(x, mask, N: tl.constexpr):
 
 
 @triton.jit
-def spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
+def row_spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
     """What is saved of a row's spread: its norm for "l2", else 1 / sqrt(mean of squares + eps)."""
     if NORM == "l2":
         # The norm, not its inverse: whether eps clamped it is asked again in the backward pass.
@@ -95,7 +95,7 @@ def spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def scale(spread, eps, NORM: tl.constexpr):
-    """The factor of x_hat = (x - mean) * rstd, from what `spread` saved."""
+    """The factor of x_hat = (x - mean) * rstd, from its spread."""
     if NORM == "l2":
         least = tl.full((), eps, spread.dtype)
         result = 1.0 / tl.where(spread < least, least, spread)  # a NaN norm stays NaN

@@ -1,7 +1,7 @@
 """The row view `[M, N]`: every row is normalized over its own N elements. Notation: kernels/README.md.
 
 NORM is "layer" (mean and variance), "rms" (mean of squares) or "l2" (Euclidean norm, at least eps).
-A row is resident (held in registers, one read) or looped over (a second read, mostly from L2).
+A row is resident (held in registers, one read) or looped over (a second read).
 """
 
 import triton
@@ -17,8 +17,8 @@ from .primitives import (
     load_parameter,
     load_tile,
     normalized,
+    row_spread,
     scale,
-    spread,
     store_tile,
     tile_mask,
 )
@@ -60,11 +60,11 @@ def row_forward_resident(
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    saved = spread(tl.sum(x * x, axis=1), eps, N, NORM)
+    spread = row_spread(tl.sum(x * x, axis=1), eps, N, NORM)
     if spread_ptr is not None:
-        tl.store(spread_ptr + rows, saved, rows < M)
+        tl.store(spread_ptr + rows, spread, rows < M)
 
-    y = affine(x * scale(saved, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
+    y = affine(x * scale(spread, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
 
     store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
@@ -122,10 +122,10 @@ def row_forward_looped(
             mask = tile_mask(rows, cols, M, R2, N)
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
             squares += x * x
-    saved = spread(tl.sum(squares, axis=1), eps, N, NORM)
+    spread = row_spread(tl.sum(squares, axis=1), eps, N, NORM)
     if spread_ptr is not None:
-        tl.store(spread_ptr + rows, saved, rows < M)
-    rstd = scale(saved, eps, NORM)
+        tl.store(spread_ptr + rows, spread, rows < M)
+    rstd = scale(spread, eps, NORM)
 
     for start in range(0, N, BLOCK_N):
         cols = start + lanes
@@ -162,8 +162,8 @@ def row_gradient_means(
     sizes = (M, R1, R2)
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    saved = tl.load(spread_ptr + rows, rows < M, other=0.0)
-    rstd = scale(saved, eps, NORM)
+    spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
+    rstd = scale(spread, eps, NORM)
     wdy_x_hat = tl.zeros([ROWS, BLOCK_N], dtype)
     wdy_sum = tl.zeros([ROWS, BLOCK_N], dtype)
 
@@ -176,7 +176,7 @@ def row_gradient_means(
         wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M)
         wdy_sum += wdy
 
-    c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), saved, eps, N, NORM)
+    c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), spread, eps, N, NORM)
     tl.store(c1_ptr + rows, c1, rows < M)
     tl.store(c2_ptr + rows, c2, rows < M)
 
@@ -221,8 +221,8 @@ def row_backward(
         mask = tile_mask(rows, cols, M, R2, N)
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
-        saved = tl.load(spread_ptr + rows, rows < M, other=0.0)
-        rstd = scale(saved, eps, NORM)
+        spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
+        rstd = scale(spread, eps, NORM)
         x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
 
         if dweight_partial_ptr is not None:
@@ -238,7 +238,7 @@ def row_backward(
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
                 c1, c2 = gradient_means(
-                    tl.sum(wdy * x_hat, axis=1), tl.sum(wdy, axis=1), saved, eps, N, NORM
+                    tl.sum(wdy * x_hat, axis=1), tl.sum(wdy, axis=1), spread, eps, N, NORM
                 )
             dx = input_gradient(wdy, x_hat, c1, c2, rstd)
             store_tile(dx_ptr, dx, rows, cols, mask, dx_strides, sizes, ALIGN)

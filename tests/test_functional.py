@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
+import tritonnorm as tn
 import tritonnorm.functional as tF
 from tritonnorm import launch
 
@@ -40,6 +42,7 @@ MISTAKES = {
     "too many dimensions": (lambda f: f(X, (4, 2, 3, 8)), RuntimeError, "normalized_shape"),
     "weight of another shape": (lambda f: f(X, (8,), torch.ones(7)), RuntimeError, "weight"),
     "weight with a dimension more": (lambda f: f(X, (8,), torch.ones(1, 8)), RuntimeError, "weight"),
+    "no eps": (lambda f: f(X, (8,), eps="small"), TypeError, "eps"),
     "weight elsewhere": (lambda f: f(X, (8,), torch.ones(8, device="meta")), RuntimeError, "weight"),
 }
 
@@ -55,6 +58,11 @@ def test_errors_name_the_argument(function, mistake, no_kernel):
         (error, ValueError)
     ):  # which torch 2.13's rms_norm raises for too many dimensions
         call(getattr(F, function.__name__))
+
+
+def test_layer_norm_wants_an_eps(no_kernel):
+    with pytest.raises(TypeError, match="eps"):
+        tF.layer_norm(X, (8,), eps=None)
 
 
 def test_bias_errors(no_kernel):
@@ -80,8 +88,9 @@ def test_normalize_leaves_the_rest_to_torch(no_kernel, device):
     out = torch.zeros_like(x)
     assert tF.normalize(x, out=out) is out
     assert torch.equal(out, F.normalize(x))
-    with pytest.raises(IndexError):
-        tF.normalize(x, dim=2)
+    for dim in (2, (0, -3), (0, 0), (1, -1)):
+        with pytest.raises((IndexError, RuntimeError), match=r"[dD]im"):
+            tF.normalize(x, dim=dim)
 
 
 def test_complex_rms_norm_is_left_to_torch(no_kernel, device):
@@ -110,6 +119,31 @@ def test_transforms_take_torch(no_kernel, device):
     _, tangent = torch.func.jvp(lambda t: tF.layer_norm(t, (8,)), (x,), (x.sin(),))
     _, expected = torch.func.jvp(lambda t: F.layer_norm(t, (8,)), (x,), (x.sin(),))
     torch.testing.assert_close(tangent, expected)
+
+
+def test_traces_take_torch(device):
+    """torch.jit.trace and torch.fx, of a converted model."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8)).to(device)
+    x = torch.randn(3, 8, device=device)
+    expected = model(x)
+    tn.convert(model)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
+def test_autocast_of_mixed_dtypes_without_a_device(monkeypatch):
+    """CUDA autocast gives float32, also where the work is left to PyTorch, as in a compiled graph."""
+    monkeypatch.setattr(tF, "_is_plain", lambda *_: True)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            x = torch.empty(3, 8, device="cuda", dtype=torch.bfloat16)
+            weight = torch.empty(8, device="cuda")
+            for function in (tF.layer_norm, tF.rms_norm):
+                assert function(x, (8,), weight).dtype == torch.float32
+                assert function(x, (8,)).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_meta_tensors(no_kernel):

@@ -138,6 +138,16 @@ def test_convert_leaves_parametrized_modules():
     assert "subclass" in report.left[0].reason
 
 
+def test_convert_leaves_a_forward_of_the_instance():
+    """As accelerate's hooks set it: the class's forward would never be called."""
+    model = nn.Sequential(nn.LayerNorm(8))
+    model[0].forward = model[0].forward
+    report = tn.convert(model)
+    assert not report.replaced
+    assert "instance" in report.left[0].reason
+    assert type(model[0]) is nn.LayerNorm
+
+
 def test_convert_wants_a_module():
     with pytest.raises(TypeError, match="model"):
         tn.convert([nn.LayerNorm(8)])

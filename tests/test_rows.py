@@ -240,7 +240,7 @@ def test_misaligned_views(operator, offset, n, device):
 
 @pytest.mark.parametrize("operator", [LAYER_NORM, RMS_NORM], ids=str)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(operator, dtype, parameters, device):
     x = torch.randn(5, 200, device=device).to(dtype)
     compare(operator, x, *operator.parameters(200, parameters, device), torch.randn_like(x))
@@ -427,3 +427,64 @@ def test_offsets_beyond_int32(device):
     tail_y, (tail_dx, _, _) = run(LAYER_NORM, x[-5:].clone(), weight, bias, x[-5:].clone())
     assert torch.equal(y[-5:], tail_y)
     assert torch.equal(dx[-5:], tail_dx)
+
+
+DEPENDENT = {
+    "weight from x": lambda x, w: (x, x.mean(0), w),
+    "weight and bias from x": lambda x, w: (x, 2 * x[0], 6 * x[0]),
+    "bias is weight": lambda x, w: (x, w, w),
+    "bias from weight": lambda x, w: (x, w, 2 * w),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dependence", DEPENDENT)
+def test_inputs_that_depend_on_each_other(dependence, create_graph, device):
+    """Each gradient is of its own argument alone, and hooks run once."""
+    x = torch.randn(4, 12, device=device, requires_grad=True)
+    w = torch.randn(12, device=device, requires_grad=True)
+    calls = []
+
+    def gradients(function):
+        inputs = DEPENDENT[dependence](x * 1, w * 1)
+        inputs[0].register_hook(lambda g: calls.append(function) or 2 * g)
+        return torch.autograd.grad(
+            function(*inputs).pow(3).sum(), (x, w), create_graph=create_graph, allow_unused=True
+        )
+
+    for ours, theirs in zip(gradients(LAYER_NORM.ours), gradients(LAYER_NORM.theirs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert calls == [LAYER_NORM.ours, LAYER_NORM.theirs]
+
+
+@every_operator
+def test_batched_gradients(operator, device):
+    """Vectorized Jacobians, and gradients that are known to be zero."""
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    weight, bias = operator.parameters(8, x.dtype, device)
+
+    def ours(t):
+        return operator.ours(t, weight, bias)
+
+    def theirs(t):
+        return operator.theirs(t, weight, bias)
+
+    jacobians = [
+        torch.autograd.functional.jacobian(f, x, vectorize=v) for f, v in [(ours, True), (theirs, False)]
+    ]
+    torch.testing.assert_close(*jacobians)
+    zeros = torch._efficientzerotensor((3, 8), device=device)
+    (dx,) = torch.autograd.grad(ours(x), x, zeros)
+    assert torch.equal(dx, torch.zeros_like(dx))
+
+
+@every_operator
+def test_pending_negation(operator, device):
+    """The imaginary part of a conjugate has its sign in a bit beside the memory."""
+    x, dy = (torch.randn(3, 8, dtype=torch.complex64, device=device).conj().imag for _ in range(2))
+    assert x.is_neg()
+    compare(
+        operator, x, *operator.parameters(8, torch.float32, device), torch.randn(3, 8, device=device)
+    )
+    plain = torch.randn(3, 8, device=device)
+    compare(operator, plain, *operator.parameters(8, torch.float32, device), dy)

@@ -90,6 +90,8 @@ def test_merge_drops_dimensions_of_one():
         (torch.empty(65)[1:].view(1, 64), 1),
         (torch.empty(1, 64).expand(5, 64), 16),
         (torch.empty(5, 130)[:1, :64], 2),  # one row of a batch whose rows are 130 apart
+        (torch.empty(16, 256, 1, 1).flatten(2).transpose(1, 2), 16),  # a dimension of 1 has a step of 1
+        (torch.empty(64, 1).t(), 16),
         (torch.empty(64, 4).t(), None),
     ],
 )

@@ -3,16 +3,16 @@
 import torch
 
 from . import launch
+from .dtypes import compute_dtype
 
 
 def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
     """The row normalization in plain PyTorch, from the definition.
 
-    The backward pass differentiates this when it is itself to be differentiated
-    (`create_graph=True`), so that second derivatives are right. It is not fused.
+    `formula_gradients` differentiates this where a kernel's result would be cut off. It is not fused.
     """
     dims = tuple(range(-normalized_dims, 0))
-    x_hat = x.to(launch.compute_dtype(x))
+    x_hat = x.to(compute_dtype(x))
     if norm == "l2":
         x_hat = x_hat / torch.linalg.vector_norm(x_hat, dim=dims, keepdim=True).clamp_min(eps)
     else:
@@ -24,6 +24,30 @@ def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
     if bias is not None:
         x_hat = x_hat + bias
     return x_hat.to(dtype)
+
+
+def formula_gradients(dy, inputs, needed, options):
+    """The gradients of `row_formula`, which autograd can differentiate again, or batch.
+
+    They are taken with respect to aliases: an input that was computed from another one (a weight
+    from x, say) would otherwise contribute to that one's gradient, and hooks would run twice.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [t if t is None else t.view_as(t) for t in inputs]
+        y = row_formula(*aliases, *options)
+        wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(found) if need else None for need in needed]
+
+
+def _is_plain(dy) -> bool:
+    """Whether a gradient has memory of its own: not one of a batch (vmap), nor all zeros."""
+    return (
+        not torch._C._functorch.is_legacy_batchedtensor(dy)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(dy)
+        and not dy._is_zerotensor()
+    )
 
 
 class RowNorm(torch.autograd.Function):
@@ -51,16 +75,13 @@ class RowNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, mean, spread = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # create_graph=True
-            y = row_formula(x, weight, bias, *ctx.options)
-            inputs = (x, weight, bias)
-            needed = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
-            gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
+        if torch.is_grad_enabled() or not _is_plain(dy):  # create_graph=True, or is_grads_batched
+            needed = (needs_dx, needs_dweight, needs_dbias)
+            gradients = formula_gradients(dy, (x, weight, bias), needed, ctx.options)
         else:
             normalized_dims, eps, norm, _ = ctx.options
             dx, dweight, dbias = launch.row_backward(
-                dy,
+                dy.resolve_neg(),
                 x,
                 weight,
                 mean,

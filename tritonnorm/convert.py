@@ -50,13 +50,15 @@ def _reason(module) -> str | None:
     cls = type(module)
     if cls in REPLACEMENTS.values():
         return "already of tritonnorm"
+    if cls in REPLACEMENTS:
+        return "its forward was replaced on the instance, which a new class would not change"
     for base in REPLACEMENTS:
         if isinstance(module, base):
             return f"a subclass of torch.nn.{base.__name__}, which may compute something else"
     if isinstance(module, NORMALIZATIONS):
         return "not among the classes that tritonnorm replaces"
     if "norm" in cls.__name__.lower() and not any(module.children()):
-        return "not a class of torch.nn"
+        return "not a class that tritonnorm knows"
     return None
 
 
@@ -82,7 +84,7 @@ def convert(model: torch.nn.Module) -> Report:
     for name, module in model.named_modules():
         cls = type(module)
         described = f"{cls.__module__}.{cls.__qualname__}"
-        if cls in REPLACEMENTS:
+        if cls in REPLACEMENTS and "forward" not in vars(module):
             module.__class__ = REPLACEMENTS[cls]
             report.replaced.append(Entry(name, described))
         elif reason := _reason(module):

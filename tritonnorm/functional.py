@@ -2,7 +2,8 @@
 
 The kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Other
 tensors take PyTorch's own operator: other devices, other dtypes than float16, bfloat16, float32 and
-float64, tensor subclasses, and whatever runs under torch.compile, torch.func or forward-mode AD.
+float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.compile,
+torch.jit.trace, torch.fx, torch.func or forward-mode AD.
 
 All of them compute in float32 (float64 for float64 input) and round once. The input, the weight and
 the bias may have dtypes of their own; the result has the input's, or float32 under CUDA autocast, as
@@ -16,6 +17,8 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from .dtypes import HALF, SUPPORTED, compute_dtype
+
 try:
     from .autograd import normalize_rows
 except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
@@ -26,25 +29,27 @@ except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's ope
 __all__ = ["layer_norm", "normalize", "rms_norm"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_ROW = 2**31 - 2**16  # column indices are int32, with room for the last chunk of a loop
 
 
+def _is_plain(*tensors) -> bool:
+    """Whether these are tensors, or None, and neither subclasses nor what stands for tensors in a trace:
+    those dispatch themselves in PyTorch's operator."""
+    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
 def _takes_kernel(*tensors) -> bool:
-    """Whether these tensors, the input first, can go to a kernel."""
+    """Whether these plain tensors, the input first, can go to a kernel."""
     x = tensors[0]
     return (
-        (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
         and normalize_rows is not None
         and all(
-            type(t) in (torch.Tensor, torch.nn.Parameter)
-            and t.dtype in DTYPES
-            and t.layout is torch.strided
+            t is None or (t.dtype in SUPPORTED and t.layout is torch.strided and not t.is_neg())
             for t in tensors
-            if t is not None
         )
-        and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
@@ -53,9 +58,16 @@ def _takes_kernel(*tensors) -> bool:
 
 def _result_dtype(x):
     """CUDA autocast runs normalizations in float32."""
-    if x.is_cuda and x.dtype in HALF_DTYPES and torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and x.dtype in HALF and torch.is_autocast_enabled("cuda"):
         return torch.float32
     return x.dtype
+
+
+def _check_eps(name, eps) -> float:
+    try:
+        return float(eps)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None
 
 
 def _check(name, input, normalized_shape, **parameters):
@@ -89,10 +101,13 @@ def _check(name, input, normalized_shape, **parameters):
 
 def _with_torch(operator, x, *parameters):
     """PyTorch's operator, with our promise for mixed dtypes: compute wide, round once."""
-    if all(p is None or p.dtype == x.dtype for p in parameters):
+    if not all(p is None or p.dtype in SUPPORTED for p in (x, *parameters)) or all(
+        p is None or p.dtype == x.dtype for p in parameters
+    ):
         return operator(x, *parameters)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return operator(x.to(wide), *(p if p is None else p.to(wide) for p in parameters)).to(x.dtype)
+    wide = compute_dtype(x)
+    y = operator(x.to(wide), *(p if p is None else p.to(wide) for p in parameters))
+    return y.to(_result_dtype(x))
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -111,13 +126,16 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype.
+        A contiguous tensor of the input's shape and dtype (under CUDA autocast float32).
 
     Raises:
         RuntimeError: a shape or device does not fit; the message names the argument.
-        TypeError: normalized_shape is not a sequence.
+        TypeError: normalized_shape is not a sequence, or eps not a number.
     """
+    if not _is_plain(input, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     _check("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    eps = _check_eps("layer_norm", eps)
     if _takes_kernel(input, weight, bias) and prod(normalized_shape) < LARGEST_ROW:
         return normalize_rows(
             input,
@@ -148,18 +166,20 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
             dtype computed in: float32's also for float16 and bfloat16.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype. (Hugging Face's LlamaRMSNorm rounds
-        before it multiplies by the weight; this function rounds once.)
+        A contiguous tensor of the input's shape and dtype (under CUDA autocast float32). Hugging
+        Face's LlamaRMSNorm rounds before it multiplies by the weight; this function rounds once.
 
     Raises:
         RuntimeError: a shape or device does not fit; the message names the argument.
-        TypeError: normalized_shape is not a sequence.
+        TypeError: normalized_shape is not a sequence, or eps not a number.
     """
+    if not _is_plain(input, weight):
+        return F.rms_norm(input, normalized_shape, weight, eps)
     _check("rms_norm", input, normalized_shape, weight=weight)
+    eps = eps if eps is None else _check_eps("rms_norm", eps)
     if _takes_kernel(input, weight) and prod(normalized_shape) < LARGEST_ROW:
         if eps is None:
-            wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-            eps = torch.finfo(wide).eps
+            eps = torch.finfo(compute_dtype(input)).eps
         return normalize_rows(
             input,
             weight,
@@ -173,12 +193,23 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
     return _with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
 
 
+def _are_dims(dims, count) -> bool:
+    """Whether these name dimensions of a tensor that has `count`, at least one and none twice."""
+    return (
+        isinstance(dims, (tuple, list))
+        and len(dims) > 0
+        and all(isinstance(d, int) and -count <= d < count for d in dims)
+        and len({d % count for d in dims}) == len(dims)
+    )
+
+
 def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     """L2 normalization along a dimension, or several.
 
         y = x / max(||x||_2, eps)
 
-    Where the norm is below eps the denominator is constant, and the gradient is dy / eps.
+    Where the norm is below eps the denominator is constant, and the gradient is dy / eps. eps does not
+    round to zero in float16, as it does in PyTorch: a row of zeros stays zero.
 
     Args:
         input: any shape and strides.
@@ -188,7 +219,8 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
         out: a tensor to write to, not differentiable; takes PyTorch's operator.
 
     Returns:
-        A tensor of the input's shape, dtype and, where it is dense, memory format.
+        A tensor of the input's shape, dtype (under CUDA autocast float32) and, where it is dense,
+        memory format.
 
     Raises:
         IndexError: dim is out of range.
@@ -197,9 +229,8 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     if (
         p == 2
         and out is None
-        and input.dim() > 0
-        and isinstance(dims, (tuple, list))
-        and len(dims) > 0
+        and _is_plain(input)
+        and _are_dims(dims, input.dim())
         and _takes_kernel(input)
         and prod(input.shape[d] for d in dims) < LARGEST_ROW
     ):
@@ -209,7 +240,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
             None,
             None,
             len(dims),
-            eps,
+            _check_eps("normalize", eps),
             "l2",
             _result_dtype(input),
             torch.preserve_format,

@@ -1,8 +1,8 @@
 """Launch choices: pure functions of sizes and dtype widths, nothing else.
 
-What changes the order of a reduction depends on the reduced size and the dtype alone, so that a
-row's bits do not depend on the other rows; the number of partial weight gradients depends on the
-tensor and not on the GPU. No choice is ever made by timing at run time.
+What changes the order of a reduction depends on the reduced size, on the dtype and on whether rows are
+strided, so that a row's bits do not depend on the number of rows; the number of partial weight
+gradients depends on the tensor and not on the GPU. No choice is ever made by timing at run time.
 
 Registers and spills were read off the compiler (`python -m perf lowering`); choices between forms
 that compile equally clean wait for a measurement and say so.
@@ -40,8 +40,8 @@ BACKWARD_CHUNK = 2048
 """Columns a step of the split backward: 8 warps at 54 to 61 registers (float64: 100)."""
 
 STRIDED_BYTES = 64
-"""Bytes side by side that a tile takes of strided rows: two sectors. One, 32 bytes, halves an H100's
-bandwidth, and is what is left to rows too long for two."""
+"""Bytes side by side that a tile takes of strided rows: two of DRAM's 32-byte sectors. One is left to
+rows that are too long for two (unmeasured)."""
 
 STRIDED_FORWARD_TILE = {2: 16384, 4: 16384, 8: 4096}
 """Elements, at most, of a tile of strided rows in the forward pass."""
@@ -53,7 +53,8 @@ PARTIAL_SHARE = 0.05
 """Partial weight gradients may cost this part of a backward pass's traffic ..."""
 
 PARTIAL_BYTES = 8 * 2**20
-"""... or this much memory, which stays in the L2 of every GPU since A100, whichever is more."""
+"""... or this much memory, a fifth of the L2 of an A100 (40 MB) and less of its successors', whichever
+is more: it is read again at once, and should not reach DRAM (unmeasured)."""
 
 MAX_PARTIALS = 1024
 """Programs, at most, that walk through the rows: at 4 warps and 64 registers 8 fit on an SM, 1,056 on
@@ -87,11 +88,10 @@ def _row_tile(n, itemsize, strided, *, a_thread, resident, chunk, strided_tile) 
     filling = MIN_WARPS * WARP * a_thread // block_n  # rows that give every thread its elements
     if strided:
         rows = STRIDED_BYTES // itemsize
-        if rows * block_n > strided_tile:
-            rows //= 2
-        if rows * block_n > strided_tile:
-            rows *= 2
+        if rows // 2 * block_n > strided_tile:
             block_n = strided_tile // rows
+        elif rows * block_n > strided_tile:
+            rows //= 2
         rows = max(rows, filling)
     elif block_n > resident:
         rows, block_n = 1, chunk

@@ -10,6 +10,7 @@ from math import ceil, prod
 import torch
 
 from . import heuristics
+from .dtypes import compute_dtype
 from .kernels.fold import fold_parameter_gradients
 from .kernels.row import row_backward as row_backward_kernel
 from .kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
@@ -17,11 +18,6 @@ from .views import common_alignment, row_view
 
 FP_FUSION = {"enable_fp_fusion": True}
 """Multiply and add contract to FMA: stated, since the default differs between Triton releases."""
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of statistics and partial gradients."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _on_device(x: torch.Tensor):
@@ -111,21 +107,23 @@ def row_backward(
     n = prod(x.shape[x.dim() - normalized_dims :])
     dtypes = (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x, memory_format=memory_format) if needs_dx else None
-    dweight, dbias = (
-        None if dtype is None else torch.zeros(n, dtype=dtype, device=x.device) for dtype in dtypes
-    )
     if x.numel() == 0:
-        return dx, dweight, dbias
+        zeros = (d and torch.zeros(n, dtype=d, device=x.device) for d in dtypes)
+        return dx, *zeros
 
     view, align, (x, dy), target = _view_rows(normalized_dims, [x, dy], dx)
     tile = heuristics.row_backward(view.n, x.element_size(), view.strided)
     parameters = 2 - dtypes.count(None)
     programs = heuristics.row_partials(view.m, view.n, x.element_size(), parameters, tile.rows)
     dweight_partial, dbias_partial = (
-        None if dtype is None else torch.empty(programs, n, dtype=compute_dtype(x), device=x.device)
-        for dtype in dtypes
+        d and torch.empty(programs, n, dtype=compute_dtype(x), device=x.device) for d in dtypes
     )
-    rows = dict(
+    # Of float64 input the fold leaves float64: Triton's interpreter casts it wrongly to 16 bits.
+    dweight, dbias = (
+        d and torch.empty(n, dtype=torch.float64 if x.dtype == torch.float64 else d, device=x.device)
+        for d in dtypes
+    )
+    shared = dict(
         dy_ptr=dy,
         x_ptr=x,
         weight_ptr=weight,
@@ -149,7 +147,7 @@ def row_backward(
         c1 = c2 = None
         if dx is not None and tile.block_n < view.n:
             c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
-            row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **rows)
+            row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
         row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
             c1_ptr=c1,
             c2_ptr=c2,
@@ -157,7 +155,7 @@ def row_backward(
             dweight_partial_ptr=dweight_partial,
             dbias_partial_ptr=dbias_partial,
             dx_strides=view.strides[2] if dx is not None else None,
-            **rows,
+            **shared,
         )
         if parameters:
             fold = heuristics.fold(programs)
@@ -175,4 +173,5 @@ def row_backward(
             )
     if target is not dx:
         dx.copy_(target)
+    dweight, dbias = (t if t is None else t.to(d) for t, d in zip((dweight, dbias), dtypes, strict=True))
     return dx, dweight, dbias

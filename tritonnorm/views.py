@@ -87,14 +87,16 @@ def common_alignment(view: RowView, normalized_dims: int, *tensors: torch.Tensor
     """The largest power of two, at most 16, of which every row of every tensor starts at a multiple,
     in elements of that tensor; None for strided rows, where the compiler finds out by itself.
 
-    The step between rows counts even where there is one row only: a slice of a batch has the
-    alignment of the batch.
+    The step between rows counts even where there is one row only, unless it is too small to be one: a
+    slice of a batch has the alignment of the batch.
     """
     if view.strided:
         return None
     bits = view.n | 16
     for tensor in tensors:
         bits |= tensor.data_ptr() // tensor.element_size()
-        for step in tensor.stride()[: tensor.dim() - normalized_dims]:
-            bits |= step
+        row_dims = tensor.dim() - normalized_dims
+        for size, step in zip(tensor.shape[:row_dims], tensor.stride()[:row_dims], strict=True):
+            if size > 1 or step >= view.n:
+                bits |= step
     return bits & -bits
