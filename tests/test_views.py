@@ -31,7 +31,7 @@ def offsets(view, tensor=0):
     ],
 )
 def test_every_element_is_where_its_strides_say(x, normalized_dims):
-    view = row_view(x.shape, normalized_dims, [x.stride()])
+    view = row_view(x.shape, normalized_dims, (x.stride(),))
     expected = sum(
         torch.arange(size).view([-1 if d == i else 1 for i in range(x.dim())]) * stride
         for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
@@ -42,7 +42,7 @@ def test_every_element_is_where_its_strides_say(x, normalized_dims):
 def test_contiguous_rows_have_one_step():
     """Nothing of the batch's shape reaches the kernel but the number of rows."""
     views = [
-        row_view(shape, 1, [torch.empty(shape).stride()]) for shape in [(6, 8), (2, 3, 8), (1, 6, 1, 8)]
+        row_view(shape, 1, (torch.empty(shape).stride(),)) for shape in [(6, 8), (2, 3, 8), (1, 6, 1, 8)]
     ]
     assert views[0] == views[1] == views[2]
     assert (views[0].r1, views[0].r2, views[0].strides) == (1, 1, ((8, 0, 0, 1),))
@@ -50,7 +50,7 @@ def test_contiguous_rows_have_one_step():
 
 def test_tensors_merge_together_or_not_at_all():
     x, y = torch.empty(3, 4, 8), torch.empty(4, 3, 8).transpose(0, 1)
-    view = row_view(x.shape, 1, [x.stride(), y.stride()])
+    view = row_view(x.shape, 1, (x.stride(), y.stride()))
     assert torch.equal(offsets(view, 0), torch.arange(96).view(12, 8))
     assert torch.equal(offsets(view, 1), torch.arange(96).view(4, 3, 8).transpose(0, 1).reshape(12, 8))
 
@@ -59,7 +59,7 @@ def test_rows_next_to_each_other_come_last():
     """Channels of NCHW: the image's size, whose divisibility counts, is R2 whatever the batch is."""
     for batch in (1, 2):
         x = torch.empty(batch, 6, 4, 8).movedim(1, -1)
-        view = row_view(x.shape, 1, [x.stride()])
+        view = row_view(x.shape, 1, (x.stride(),))
         assert (view.r2, view.strides[0][2:], view.strided) == (32, (1, 32), True)
 
 
@@ -71,7 +71,7 @@ def test_rows_next_to_each_other_come_last():
     ],
 )
 def test_no_view(x):
-    assert row_view(x.shape, 2 if x.dim() == 3 else 1, [x.stride()]) is None
+    assert row_view(x.shape, 2 if x.dim() == 3 else 1, (x.stride(),)) is None
 
 
 def test_merge_drops_dimensions_of_one():
@@ -96,11 +96,11 @@ def test_merge_drops_dimensions_of_one():
     ],
 )
 def test_alignment(x, expected):
-    view = row_view(x.shape, 1, [x.stride()])
-    assert common_alignment(view, 1, x) == expected
+    view = row_view(x.shape, 1, (x.stride(),))
+    assert common_alignment(view, [x]) == expected
 
 
 def test_alignment_is_that_of_the_worst_tensor():
     x, y = torch.empty(4, 64), torch.empty(4, 66)[:, :64]
-    view = row_view(x.shape, 1, [x.stride(), y.stride()])
-    assert common_alignment(view, 1, x, y) == 2
+    view = row_view(x.shape, 1, (x.stride(), y.stride()))
+    assert common_alignment(view, [x, y]) == 2

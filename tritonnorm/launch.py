@@ -29,18 +29,17 @@ def _view_rows(normalized_dims, inputs, output):
     themselves or, where they have no view in common, contiguous ones in their stead."""
     shape = inputs[0].shape
 
-    def view(tensors):
-        strides = [t.stride() for t in tensors if t is not None]
-        return row_view(shape, normalized_dims, strides)
+    def view():
+        tensors = [*inputs, output] if output is not None else inputs
+        return row_view(shape, normalized_dims, tuple(t.stride() for t in tensors)), tensors
 
-    shared = view([*inputs, output])
+    shared, tensors = view()
     if shared is None:
         inputs = [t.contiguous() for t in inputs]
         if output is not None and not output.is_contiguous():
             output = torch.empty(shape, dtype=output.dtype, device=output.device)
-        shared = view([*inputs, output])
-    present = [t for t in (*inputs, output) if t is not None]
-    return shared, common_alignment(shared, normalized_dims, *present), inputs, output
+        shared, tensors = view()
+    return shared, common_alignment(shared, tensors), inputs, output
 
 
 def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_format, save_statistics):

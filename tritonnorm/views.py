@@ -6,22 +6,27 @@ product is M. Several tensors of one shape share the sizes and have strides of t
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
-import torch
-
 ROW_LEVELS = 3
+LARGEST_ALIGNMENT = 16  # elements: 16 bytes or more, which is as wide as accesses are
 
 
 @dataclass(frozen=True)
 class RowView:
-    """Row sizes and, per tensor, the strides (r0, r1, r2, n) in elements."""
+    """Row sizes and, per tensor, the strides (r0, r1, r2, n) in elements.
+
+    `alignment` is the largest power of two, at most 16, that divides the steps between rows; None
+    for strided rows, where the compiler finds out by itself.
+    """
 
     m: int
     n: int
     r1: int
     r2: int
     strides: tuple[tuple[int, int, int, int], ...]
+    alignment: int | None
 
     @property
     def strided(self) -> bool:
@@ -54,9 +59,22 @@ def merge(shape, strides):
     return sizes, merged
 
 
+def _step_alignment(n, row_shape, strides) -> int:
+    """The alignment of `RowView`. The step between rows counts even where there is one row only, unless
+    it is too small to be one: a slice of a batch has the alignment of the batch."""
+    bits = n | LARGEST_ALIGNMENT
+    for tensor in strides:
+        for size, step in zip(row_shape, tensor, strict=False):
+            if size > 1 or step >= n:
+                bits |= step
+    return bits & -bits
+
+
+@lru_cache(maxsize=4096)
 def row_view(shape, normalized_dims, strides) -> RowView | None:
-    """The tensors of `shape` with the given strides as rows over the last `normalized_dims`
-    dimensions, or None where they need more row dimensions, or a second one within the row."""
+    """The tensors of `shape` with the given strides, a tuple of tuples, as rows over the last
+    `normalized_dims` dimensions; None where they need more row dimensions, or a second one within the
+    row. Shapes come again at every step of a training, so answers are kept."""
     split = len(shape) - normalized_dims
     m, n = prod(shape[:split]), prod(shape[split:])
     row_sizes, row_strides = merge(shape[:split], [s[:split] for s in strides])
@@ -64,11 +82,12 @@ def row_view(shape, normalized_dims, strides) -> RowView | None:
     if len(row_sizes) > ROW_LEVELS or len(n_sizes) > 1:
         return None
     n_stride = [s[0] if s else 1 for s in n_strides]
+    strided = n_stride[0] != 1
 
     # Rows that are neighbours in memory go to R2, whose divisibility the compiler knows; of M, which
     # changes from batch to batch, it knows nothing. Otherwise R2 = R1 = 1 wherever that is possible.
     missing = ROW_LEVELS - len(row_sizes)
-    if n_stride[0] != 1 and row_sizes:
+    if strided and row_sizes:
         sizes = [1] * missing + row_sizes
         padded = [[0] * missing + s for s in row_strides]
     else:
@@ -80,23 +99,16 @@ def row_view(shape, normalized_dims, strides) -> RowView | None:
         r1=sizes[1],
         r2=sizes[2],
         strides=tuple((*rows, step) for rows, step in zip(padded, n_stride, strict=True)),
+        alignment=None if strided else _step_alignment(n, shape[:split], strides),
     )
 
 
-def common_alignment(view: RowView, normalized_dims: int, *tensors: torch.Tensor) -> int | None:
+def common_alignment(view: RowView, tensors) -> int | None:
     """The largest power of two, at most 16, of which every row of every tensor starts at a multiple,
-    in elements of that tensor; None for strided rows, where the compiler finds out by itself.
-
-    The step between rows counts even where there is one row only, unless it is too small to be one: a
-    slice of a batch has the alignment of the batch.
-    """
-    if view.strided:
+    in elements of that tensor; None for strided rows."""
+    if view.alignment is None:
         return None
-    bits = view.n | 16
+    bits = view.alignment
     for tensor in tensors:
         bits |= tensor.data_ptr() // tensor.element_size()
-        row_dims = tensor.dim() - normalized_dims
-        for size, step in zip(tensor.shape[:row_dims], tensor.stride()[:row_dims], strict=True):
-            if size > 1 or step >= view.n:
-                bits |= step
     return bits & -bits
