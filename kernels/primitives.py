@@ -16,6 +16,11 @@ def bytes_of(dtype, count):
     return dtype.primitive_bitwidth // 8 * count
 
 
+@triton.constexpr_function
+def divides(a, b):
+    return b % a == 0
+
+
 @triton.jit
 def tile_mask(rows, cols, M, R2, N: tl.constexpr):
     """Which elements of a tile exist, `[ROWS, BLOCK_N]`.
@@ -70,13 +75,20 @@ def divide(total, N: tl.constexpr):
 
 
 @triton.jit
-def center(x, mask, N: tl.constexpr):
-    """Mean `[ROWS]` of the rows of a tile, and the tile less its mean, with padding lanes at zero.
+def without_padding(x, mask, N: tl.constexpr):
+    """x with zeros in the padding lanes of its rows. Where the tile has none, nothing is selected; rows
+    past the last hold what their zeros led to, and are not stored."""
+    if not divides(x.shape[1], N):
+        x = tl.where(mask, x, 0.0)
+    return x
 
-    `x` is zero in the padding lanes.
-    """
+
+@triton.jit
+def center(x, mask, N: tl.constexpr):
+    """Mean `[ROWS]` of the rows of a tile that is zero in its padding lanes, and the tile less its mean,
+    `without_padding`."""
     mean = divide(tl.sum(x, axis=1), N)
-    return mean, tl.where(mask, x - mean[:, None], 0.0)
+    return mean, without_padding(x - mean[:, None], mask, N)
 
 
 @triton.jit
@@ -122,11 +134,11 @@ def affine(x_hat, weight_ptr, bias_ptr, cols, N: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, mean_ptr, rstd, rows, mask, M):
-    """x_hat from the saved statistics; zero in the padding lanes."""
+def normalized(x, mean_ptr, rstd, rows, mask, M, N: tl.constexpr):
+    """x_hat from the saved statistics, `without_padding`."""
     if mean_ptr is not None:
         x -= tl.load(mean_ptr + rows, rows < M, other=0.0)[:, None]
-    return tl.where(mask, x * rstd[:, None], 0.0)
+    return without_padding(x * rstd[:, None], mask, N)
 
 
 @triton.jit
