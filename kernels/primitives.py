@@ -134,11 +134,15 @@ def affine(x_hat, weight_ptr, bias_ptr, cols, N: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, mean_ptr, rstd, rows, mask, M, N: tl.constexpr):
-    """x_hat from the saved statistics, `without_padding`."""
+def normalized(x, mean_ptr, rstd, rows, mask, M):
+    """x_hat from the saved statistics; zero in the padding lanes.
+
+    Always selected: leaving it out where there is no padding saves 2% of the instructions, and makes
+    the backward pass over strided rows of 4 spill.
+    """
     if mean_ptr is not None:
         x -= tl.load(mean_ptr + rows, rows < M, other=0.0)[:, None]
-    return without_padding(x * rstd[:, None], mask, N)
+    return tl.where(mask, x * rstd[:, None], 0.0)
 
 
 @triton.jit

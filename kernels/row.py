@@ -173,7 +173,7 @@ def row_gradient_means(
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N)
-        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M, N)
+        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M)
         wdy_sum += wdy
 
     c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), spread, eps, N, NORM)
@@ -223,7 +223,7 @@ def row_backward(
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
         rstd = scale(spread, eps, NORM)
-        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M, N)
+        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
 
         if dweight_partial_ptr is not None:
             dweight += dy * x_hat
