@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="the shapes of the set `quick`, in bf16 only"
     )
     parser.add_argument("--skip-tests", action="store_true", help="benchmark only")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted run has measured"
+    )
     parser.add_argument("--seconds", type=float, default=inf, help="benchmark no longer than this")
 
 
@@ -76,6 +79,7 @@ def measure(out: Path, arguments) -> int:
     bench = step(
         *("-m", "perf", "bench", "--out", table, "--seconds", str(arguments.seconds)),
         *("--shapes", *shapes, "--dtypes", *dtypes),
+        *(("--resume",) if arguments.resume else ()),
     )
     step("-m", "perf", "roofline", table)
     for name, status in (("tests", tests), ("bench", bench)):

@@ -48,7 +48,7 @@ def tensors(arguments):
 
 
 def run(case: Case, strided: bool = False):
-    """Runs one pass of a case on uninitialized CPU tensors: for observers that look at launches and
+    """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. `strided` takes the rows from the channels of `[1, n, m]`."""
     operator, dtype = OPERATORS[case.operator], DTYPES[case.dtype]
     x = (

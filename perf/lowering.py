@@ -77,7 +77,7 @@ class Lowered:
     registers: int
     stack: int  # bytes, which nothing but spilled registers needs here
     widths: dict[str, list[int]]  # bytes of each access, by tensor
-    bytes_in_flight: int  # of activations, an SM, as occupancy and loads before the first use allow
+    bytes_in_flight: int  # of activations, an SM: a tile of each that is read, times occupancy
     instructions_per_byte: float | None = None  # warp instructions a byte of activations
 
     @property
@@ -95,8 +95,11 @@ class Lowered:
         if self.stack:
             found.append(f"spills: {self.stack} bytes of stack")
         for tensor in ACTIVATIONS:
-            widths = self.widths.get(tensor, [])
-            if not widths or (self.row_bytes % WIDE and not self.strided):
+            if tensor not in self.widths or (self.row_bytes % WIDE and not self.strided):
+                continue
+            widths = self.widths[tensor]
+            if not widths:
+                found.append(f"{tensor}: no access found")
                 continue
             if min(widths) < WIDE:
                 found.append(f"{tensor}: accesses of {min(widths)} bytes")
@@ -108,6 +111,10 @@ class Lowered:
 
 SWEEPS = ("row_forward_looped", "row_gradient_means")
 """Kernels whose text loads a tile several times: for sweeps, or in a loop that is unrolled."""
+
+
+ACCESS = r"(?:ld|st)[\w.:]*?\.global(?:[\w.:]*?\.v(\d)|[\w.:]*?)\.[bfus](\d+)\s(.*)"
+"""A load or store of PTX: vector length, bits, operands; with any cache hints between."""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -126,15 +133,17 @@ def _access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
     for line in ptx.splitlines():
         text = line.split("//")[0].strip().rstrip(";")
         text = re.sub(r"^@!?%p\d+\s+", "", text)
-        if access := re.match(r"(ld|st)\.global(?:\.[a-z_0-9:]+)*?(?:\.v(\d))?\.b(\d+)\s(.*)", text):
-            address = re.search(r"\[\s*(%\w+)", access[4])
-            accesses.append((address[1], int(access[2] or 1) * int(access[3]) // 8))
+        if access := re.match(ACCESS, text):
+            address = re.search(r"\[\s*(%\w+)", access[3])
+            accesses.append((address[1], int(access[1] or 1) * int(access[2]) // 8))
+        elif re.match(r"(ld|st|red|atom|cp)\S*\.global", text):
+            raise ValueError(f"an access of a kind that is not counted: {text}")
         elif match := re.match(r"ld\.param\S*\s+(%\w+),\s*\[\w+_param_(\d+)", text):
             sources[match[1]].append(int(match[2]))
         elif match := re.match(r"[a-z][\w.:]*\s+(%\w+),\s*(.*)", text):
             sources[match[1]].append(re.findall(r"%[a-z]+\d+", match[2]))
 
-    widths = defaultdict(list)
+    widths = {name: [] for name in pointers.values()}
     for register, size in accesses:
         seen, waiting, names = set(), [register], set()
         while waiting:
@@ -149,7 +158,7 @@ def _access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
                     waiting += source
         (name,) = names
         widths[name].append(size)
-    return dict(widths)
+    return widths
 
 
 def _instructions(cubin: bytes) -> int:
@@ -192,7 +201,8 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
     warps = arguments["num_warps"]
     block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
     blocks = min(SM_REGISTERS // block_registers, 64 // warps, 32)
-    loaded = sum(sum(widths.get(name, [])) for name in ("x", "dy"))
+    tile_bytes = arguments["ROWS"] * arguments["BLOCK_N"] * DTYPES[case.dtype].itemsize
+    loads = sum(name in widths for name in ("x", "dy"))
     return Lowered(
         target=target,
         kernel=kernel.__name__,
@@ -207,15 +217,16 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         widths=widths,
-        bytes_in_flight=blocks * warps * heuristics.WARP * loaded,
+        bytes_in_flight=blocks * loads * tile_bytes,
     )
 
 
 def cases(brief: bool = False) -> list[tuple[Case, bool]]:
-    """(case, strided) for every launch choice of the heuristics.
+    """(case, strided) for every tile of the heuristics, resident, looped and split.
 
-    LayerNorm with weight and bias holds the most; the others are compiled in bfloat16 alone. float16
-    is lowered as bfloat16 is.
+    LayerNorm with weight and bias holds the most, and is compiled for every width and for strided rows;
+    the others for adjacent elements in bfloat16. float16 is lowered as bfloat16 is. Parameters have the
+    dtype of the input.
     """
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
@@ -230,7 +241,8 @@ def cases(brief: bool = False) -> list[tuple[Case, bool]]:
                     tiles = {}
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         choose = getattr(heuristics, f"row_{direction}")
-                        tiles.setdefault(choose(n, DTYPES[dtype].itemsize, strided=True), n)
+                        tile = choose(n, DTYPES[dtype].itemsize, strided=True)
+                        tiles.setdefault((tile, tile.block_n < n), n)
                     chosen += [(Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()]
     return chosen
 
@@ -276,7 +288,7 @@ def table(lowered: list[Lowered]) -> str:
         + (" instr/B" if lowered[0].instructions_per_byte else "")
     ]
     for k in lowered:
-        width = min(w for name in ACTIVATIONS for w in k.widths.get(name, ())) * 8
+        width = min((w for name in ACTIVATIONS for w in k.widths.get(name, ())), default=0) * 8
         operator = k.operator + (" (strided)" if k.strided else "")
         lines.append(
             f"{operator:<11} {k.direction:<8} {k.dtype:<5} {k.n:>6} {k.kernel:<21} "

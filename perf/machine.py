@@ -61,9 +61,12 @@ def _output(*command: str) -> str:
 
 
 def tritonnorm_version() -> str:
-    """The version with, in a git checkout, the commit, and `-dirty` if tracked files differ from it."""
-    commit = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return f"{tritonnorm.__version__}+{commit}" if commit else tritonnorm.__version__
+    """The version with, in a git checkout, the commit, and `-dirty` if tracked files other than results
+    differ from it."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "diff", "--name-only", "HEAD", "--", ".", ":!perf/results")
+    dirty = "-dirty" if changes else ""
+    return f"{tritonnorm.__version__}+{commit}{dirty}" if commit else tritonnorm.__version__
 
 
 def _triton_version() -> str:

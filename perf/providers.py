@@ -172,14 +172,17 @@ class Inputs:
 
 
 def make_inputs(case: Case, device) -> Inputs:
-    """Normally distributed inputs, the same at every run."""
+    """Normally distributed inputs, the same at every run. Means of 1, and a dy that goes with x, make
+    the mean, c1 and c2 as large as what they are subtracted from: a provider without is found out."""
     generator = torch.Generator(device).manual_seed(0)
     options = dict(dtype=DTYPES[case.dtype], device=device, generator=generator)
-    x = torch.randn(case.m, case.n, **options).requires_grad_()
+    x = torch.randn(case.m, case.n, **options) + 1
+    dy = torch.randn(case.m, case.n, **options).add_(x).add_(1)
     parameters = tuple(
-        torch.randn(case.n, **options).requires_grad_() for _ in OPERATORS[case.operator].parameters
+        (torch.randn(case.n, **options) + 1).requires_grad_()
+        for _ in OPERATORS[case.operator].parameters
     )
-    return Inputs(x, parameters, torch.randn(case.m, case.n, **options))
+    return Inputs(x.requires_grad_(), parameters, dy.detach())
 
 
 def make_call(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:

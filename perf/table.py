@@ -42,10 +42,11 @@ FASTER = 0.98
 
 
 class Table:
-    """The CSV, a row at a time on disk. With `resume` it keeps the rows that are there.
+    """The CSV, a row at a time on disk. With `resume` it keeps the rows that are there, but for one that
+    was cut off.
 
     Raises:
-        ValueError: a file to be resumed has other columns.
+        ValueError: a file to be resumed has other columns, or is of another device or version.
     """
 
     def __init__(self, path: Path, run: dict[str, str], resume: bool):
@@ -56,12 +57,17 @@ class Table:
                 reader = csv.DictReader(file)
                 if tuple(reader.fieldnames or FIELDS) != FIELDS:
                     raise ValueError(f"{path} has other columns, and cannot be resumed")
-                self._rows = {self._key(row): row for row in reader}
+                rows = [row for row in reader if None not in row.values()]
+            for name, value in run.items():
+                if name != "command" and any(row[name] != value for row in rows):
+                    raise ValueError(f"{path} is of another {name} than {value}, and cannot be resumed")
+            self._rows = {self._key(row): row for row in rows}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a" if self._rows else "w", newline="")
+        self._file = path.open("w", newline="")
         self._writer = csv.DictWriter(self._file, FIELDS, restval="")
-        if not self._rows:
-            self._writer.writeheader()
+        self._writer.writeheader()
+        self._writer.writerows(self._rows.values())
+        self._file.flush()
 
     @staticmethod
     def _key(row) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Bytes moved to and from memory: the floor, and what the launches really touch.
+"""Bytes moved to and from memory: the floor, and what the kernels touch.
 
 Triton's interpreter executes every load and store of a kernel on addresses that can be counted. Each
 activation and statistic is counted as often as it is touched; parameters, which every program reads
@@ -11,8 +11,6 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import numpy as np
 
 from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, Case
 
@@ -114,6 +112,8 @@ class Moved:
 
 def measure(case: Case) -> Moved:
     """Runs a case in the interpreter and counts."""
+    import numpy as np
+
     from . import launches
 
     touched, sizes, seen = Counter(), {}, {}
@@ -132,6 +132,7 @@ def measure(case: Case) -> Moved:
                     elements = seen.setdefault(name, np.zeros(tensor.numel(), bool))
                     elements[(addresses - np.uint64(first)) // itemsize] = True
                     return
+            raise ValueError(f"{kernel.__name__} touches an address in no tensor of its launch")
 
         with memory_accesses(count):
             kernel[grid](**arguments)

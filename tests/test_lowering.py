@@ -15,7 +15,7 @@ from perf.lowering import TARGETS, Lowered, _access_widths
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_gates(target):
-    """No spills, 128-bit accesses, one read, for every tile and dtype that the heuristics can choose."""
+    """No spills, 128-bit accesses, one read, for every tile of `perf.lowering.cases`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "perf", "lowering", "--target", target, "--json"]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
@@ -70,6 +70,30 @@ PTX = """
     add.s64 \t%rd6, %rd2, %rd3;
     @!%p2 st.global.b16 [ %rd6 + 8 ], { %rs1 };
 """
+
+
+@pytest.mark.parametrize(
+    ("instruction", "width"),
+    [
+        ("ld.global.L1::evict_first.L2::cache_hint.b16 { %rs2 }, [ %rd5 + 0 ], %rd9;", 2),
+        ("ld.relaxed.gpu.global.v2.b64 { %rd7, %rd8 }, [ %rd5 ];", 16),
+        ("ld.global.nc.u16 %rs2, [%rd5];", 2),
+        ("st.global.L1::evict_last.v4.b32 [ %rd5 + 0 ], { %r2, %r3, %r4, %r5 };", 16),
+        ("ld.global.v8.b32 { %r2 }, [ %rd5 ];", 32),
+    ],
+)
+def test_any_kind_of_access_counts(instruction, width):
+    address = "ld.param.b64 %rd5, [kernel_param_0];\n"
+    assert _access_widths(address + instruction, {0: "x"}) == {"x": [width]}
+
+
+def test_accesses_that_are_not_understood_are_an_error():
+    with pytest.raises(ValueError, match="not counted"):
+        _access_widths("cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10;", {0: "x"})
+
+
+def test_a_tensor_without_accesses_is_a_violation():
+    assert "no access" in lowered(widths={"x": []}).violations[0]
 
 
 def test_accesses_are_traced_to_their_tensor():

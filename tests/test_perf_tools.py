@@ -414,3 +414,28 @@ def test_every_provider_and_dtype_has_a_style():
     assert set(roofline.STYLES) == {*providers.LOADERS, "copy"}
     assert set(roofline.TITLES) == set(OPERATORS)
     assert set(bench.TOLERANCES) == set(DTYPES)
+
+
+@pytest.mark.parametrize("without", ["mean", "c1", "c2"])
+@pytest.mark.parametrize("n", [256, 65536])
+def test_a_missing_reduction_is_wrong(without, n):
+    """Also for long rows in bfloat16, where centered inputs would hide it."""
+    direction = "forward" if without == "mean" else "backward"
+    case = Case("layer_norm", direction, 8, n, "bf16")
+    inputs = providers.make_inputs(case, "cpu")
+    x, weight, bias, dy = (t.detach().double() for t in (inputs.x, *inputs.parameters, inputs.dy))
+    deviation = x - x.mean(1, keepdim=True)
+    rstd = torch.rsqrt(deviation.square().mean(1, keepdim=True) + providers.EPS["layer_norm"])
+    x_hat, wdy = deviation * rstd, weight * dy
+    c1, c2 = (wdy * x_hat).mean(1, keepdim=True), wdy.mean(1, keepdim=True)
+
+    def outputs(mean=1, c1_factor=1, c2_factor=1):
+        if direction == "forward":
+            return (((x if mean == 0 else deviation) * rstd * weight + bias).bfloat16(),)
+        dx = (wdy - c1_factor * x_hat * c1 - c2_factor * c2) * rstd
+        return dx.bfloat16(), (dy * x_hat).sum(0).bfloat16(), dy.sum(0).bfloat16()
+
+    names = {"mean": "mean", "c1": "c1_factor", "c2": "c2_factor"}
+    limit = bench.TOLERANCES["bf16"]
+    assert providers.max_error(case, inputs, outputs()) < limit / 2
+    assert providers.max_error(case, inputs, outputs(**{names[without]: 0})) > 2 * limit

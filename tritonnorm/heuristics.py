@@ -89,7 +89,7 @@ def _row_tile(n, itemsize, strided, *, a_thread, resident, chunk, strided_tile) 
     if strided:
         rows = STRIDED_BYTES // itemsize
         if rows // 2 * block_n > strided_tile:
-            block_n = strided_tile // rows
+            block_n = strided_tile // 2 // rows  # a loop holds more than a resident tile does
         elif rows * block_n > strided_tile:
             rows //= 2
         rows = max(rows, filling)
