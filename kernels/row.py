@@ -51,20 +51,21 @@ def row_forward_resident(
 
     x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
 
+    deviation = x
     if NORM == "layer":
-        mean, x = center(x, mask, N)
+        mean, deviation = center(x, mask, N)
         if x_ptr.dtype.element_ty.primitive_bitwidth >= 32:
             # The mean's own rounding is all that is left of the error at a large mean. Inputs of
             # 16 bits are coarser than it.
-            rest, x = center(x, mask, N)
+            rest, deviation = center(deviation, mask, N)
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    spread = row_spread(tl.sum(x * x, axis=1), eps, N, NORM)
+    spread = row_spread(tl.sum(deviation * deviation, axis=1), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
-    y = affine(x * scale(spread, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
+    y = affine(deviation * scale(spread, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
 
     store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 

@@ -6,6 +6,7 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from tritonnorm import launch
+from tritonnorm.dtypes import compute_dtype
 
 from .shapes import DTYPES, OPERATORS, Case
 
@@ -74,7 +75,7 @@ def run(case: Case, strided: bool = False):
             save_statistics=True,
         )
         return
-    spread = torch.ones(case.m, dtype=launch.compute_dtype(x))
+    spread = torch.ones(case.m, dtype=compute_dtype(x))
     launch.row_backward(
         x.clone(),
         x,

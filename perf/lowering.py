@@ -1,6 +1,6 @@
-"""What the compiler makes of every launch choice, for GPUs that are not there.
+"""What the compiler makes of the launch choices, for GPUs that are not there.
 
-Every launch that tritonnorm would make is compiled instead of run, and PTX and SASS are read:
+Launches are compiled as tritonnorm makes them, instead of run, and PTX and SASS are read:
 registers, spills, the width of every access to every tensor, bytes read. Necessary conditions for
 speed, not a measurement of it.
 """
@@ -238,9 +238,8 @@ def cases(brief: bool = False) -> list[tuple[Case, bool]]:
             for dtype in dtypes if operator == "layer_norm" else ("bf16",):
                 chosen += [(Case(operator, direction, ROWS, n, dtype), False) for n in sizes]
                 if operator == "layer_norm" and not brief:
-                    tiles = {}
+                    tiles, choose = {}, getattr(heuristics, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
-                        choose = getattr(heuristics, f"row_{direction}")
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
                         tiles.setdefault((tile, tile.block_n < n), n)
                     chosen += [(Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()]
