@@ -75,6 +75,18 @@ def divide(total, N: tl.constexpr):
 
 
 @triton.jit
+def times(total, factor):
+    """total * factor, with a float64 factor: a mean, where the factor is 1 / count."""
+    return (total.to(tl.float64) * factor).to(total.dtype)
+
+
+@triton.jit
+def inverse_deviation(variance, eps):
+    """rstd = 1 / sqrt(variance + eps)."""
+    return tl.rsqrt(variance + tl.full((), eps, variance.dtype))
+
+
+@triton.jit
 def without_padding(x, mask, N: tl.constexpr):
     """x with zeros in the padding lanes of its rows. Where the tile has none, nothing is selected; rows
     past the last hold what their zeros led to, and are not stored."""
@@ -101,7 +113,7 @@ def row_spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
         else:
             result = tl.sqrt_rn(sum_of_squares)
     else:
-        result = tl.rsqrt(divide(sum_of_squares, N) + tl.full((), eps, sum_of_squares.dtype))
+        result = inverse_deviation(divide(sum_of_squares, N), eps)
     return result
 
 

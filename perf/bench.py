@@ -19,8 +19,8 @@ import torch
 
 from . import machine
 from .providers import LOADERS, Provider, describe, load, make_call, make_copy, make_inputs, max_error
-from .shapes import DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, parse_shapes
-from .table import Table, summary
+from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, parse_shapes
+from .table import Table, case_fields, summary
 from .timer import DeviceTimer, Timing
 from .traffic import floor_bytes
 
@@ -56,15 +56,24 @@ class Progress:
             print(f"{self.done}/{self.total} {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def make_cases(operators, directions, dtypes, shapes) -> list[Case]:
-    """All combinations; the types one after the other, so that a run cut short has finished some."""
-    return [
-        Case(operator, direction, m, n, dtype)
+def make_cases(operators, directions, dtypes, shape_sets) -> list[Case]:
+    """All that the sets have for these operators, each once; the types one after the other, so that a
+    run cut short has finished some.
+
+    Raises:
+        ValueError: the sets have nothing, or an operator does not take a shape.
+    """
+    cases = [
+        case
         for dtype in dtypes
-        for m, n in shapes
+        for shape_set in shape_sets
         for operator in operators
         for direction in directions
+        for case in shape_set.cases(operator, direction, dtype)
     ]
+    if not cases:
+        raise ValueError(f"no shape for {', '.join(operators)}")
+    return list(dict.fromkeys(cases))
 
 
 def _timed(case: Case, timing: Timing) -> dict:
@@ -107,8 +116,8 @@ def _check_device() -> None:
 
 
 def missing(case: Case, providers: list[Provider], table: Table) -> list[Provider]:
-    """The providers that offer the case's operator and have no row yet."""
-    return [p for p in providers if case.operator in p.operators and table.find(case, p.name) is None]
+    """The providers that offer the case and have no row yet."""
+    return [p for p in providers if p.offers(case) and table.find(case, p.name) is None]
 
 
 def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> Iterator[str]:
@@ -122,7 +131,7 @@ def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> I
         if "median_us" in result and "median_us" in copy:
             fraction = float(copy["median_us"]) / float(result["median_us"])
             about["fraction_of_copy"] = f"{fraction:.4f}"
-        table.add(**asdict(case), **about, **result)
+        table.add(**case_fields(case), **about, **result)
         if result["status"] == "error":
             _check_device()
 
@@ -151,9 +160,8 @@ def measure(cases, providers, timer: Timer, device, table: Table, seconds: float
         if time.monotonic() > end:
             print(f"{seconds:.0f} s are over: the rest of the cases is left out", file=sys.stderr)
             return
-        label = f"{case.operator} {case.direction} {case.m}x{case.n} {case.dtype}"
         for name in measure_case(case, missing(case, providers, table), timer, device, table):
-            progress.step(f"{label} {name}")
+            progress.step(f"{case.label} {name}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,9 +183,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        default=["sweep"],
+        default=list(DEFAULT_SETS),
         metavar="SHAPE",
-        help=f"ROWSxCOLUMNS, or sets of them (default: sweep). {sets}",
+        help="ROWSxCOLUMNS, IMAGESxCHANNELS[xSPATIAL...][:GROUPS], or sets of them; an operator takes "
+        f"those of its kind (default: {' '.join(DEFAULT_SETS)}). {sets}",
     )
     parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="default: bench.csv")
     parser.add_argument(
@@ -189,7 +198,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments) -> int:
     started = time.monotonic()
     try:
-        shapes = parse_shapes(arguments.shapes)
+        shape_sets = parse_shapes(arguments.shapes)
+        cases = make_cases(arguments.operators, arguments.directions, arguments.dtypes, shape_sets)
         if reason := machine.refusal():
             print(f"bench: {reason}", file=sys.stderr)
             return machine.NO_DEVICE_STATUS
@@ -204,7 +214,6 @@ def run(arguments) -> int:
         print(f"absent: {name} ({reason})", file=sys.stderr)
         if table.find(None, name) is None:
             table.add(provider=name, status="absent", error=reason)
-    cases = make_cases(arguments.operators, arguments.directions, arguments.dtypes, shapes)
     try:
         measure(cases, providers, DeviceTimer(), "cuda", table, arguments.seconds)
     except KeyboardInterrupt:

@@ -12,9 +12,9 @@ from math import inf
 from pathlib import Path
 
 from . import machine
-from .shapes import SHAPE_SETS
+from .shapes import QUICK_SETS, SHAPE_SETS
 
-FULL_SHAPES = tuple(name for name in SHAPE_SETS if name != "quick")
+FULL_SETS = tuple(name for name in SHAPE_SETS if name not in QUICK_SETS)
 FULL_DTYPES = ("bf16", "fp32")
 
 
@@ -59,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: perf/results/<device>)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="the shapes of the set `quick`, in bf16 only"
-    )
+    parser.add_argument("--quick", action="store_true", help="few shapes of each operator, in bf16 only")
     parser.add_argument("--skip-tests", action="store_true", help="benchmark only")
     parser.add_argument(
         "--resume", action="store_true", help="keep what an interrupted run has measured"
@@ -74,7 +72,7 @@ def measure(out: Path, arguments) -> int:
     not a failure: without matplotlib it can be drawn from the CSV elsewhere."""
     install()
     tests = 0 if arguments.skip_tests else step("-m", "pytest", log=out / "tests.txt")
-    shapes, dtypes = (("quick",), ("bf16",)) if arguments.quick else (FULL_SHAPES, FULL_DTYPES)
+    shapes, dtypes = (QUICK_SETS, ("bf16",)) if arguments.quick else (FULL_SETS, FULL_DTYPES)
     table = os.path.relpath(out / "bench.csv", machine.ROOT)  # the CSV keeps the command
     bench = step(
         *("-m", "perf", "bench", "--out", table, "--seconds", str(arguments.seconds)),

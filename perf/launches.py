@@ -6,12 +6,25 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from tritonnorm import launch
+from tritonnorm.autograd import Running
 from tritonnorm.dtypes import compute_dtype
 
 from .shapes import DTYPES, OPERATORS, Case
 
 ACTIVATIONS = ("x", "y", "dy", "dx")
 EPS = 1e-5
+
+
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def in_layout(x, layout: str):
+    """x `[images, channels, *spatial]` in one of shapes.LAYOUTS."""
+    if layout == "contiguous":
+        return x
+    if x.dim() in MEMORY_FORMATS:
+        return x.contiguous(memory_format=MEMORY_FORMATS[x.dim()])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class _Observed:
@@ -29,14 +42,15 @@ def observe(observer):
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
     kinds = (KernelInterface, _Observed)
-    kernels = {name: f for name, f in vars(launch).items() if isinstance(f, kinds)}
-    for name, kernel in kernels.items():
-        setattr(launch, name, _Observed(kernel, observer))
+    modules = (launch.rows, launch.channels, launch.common)
+    kernels = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, kinds)]
+    for module, name, kernel in kernels:
+        setattr(module, name, _Observed(kernel, observer))
     try:
         yield
     finally:
-        for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
 
 
 def tensors(arguments):
@@ -48,20 +62,21 @@ def tensors(arguments):
     }
 
 
-def run(case: Case, strided: bool = False):
-    """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
-    addresses, not at values. `strided` takes the rows from the channels of `[1, n, m]`."""
-    operator, dtype = OPERATORS[case.operator], DTYPES[case.dtype]
-    x = (
-        torch.ones(1, case.n, case.m, dtype=dtype).mT
-        if strided
-        else torch.ones(case.m, case.n, dtype=dtype)
-    )
-    weight, bias = (
-        torch.ones(case.n, dtype=dtype) if name in operator.parameters else None
+def _parameters(case: Case):
+    """weight and bias of ones, or None, along the rows or the channels."""
+    operator = OPERATORS[case.operator]
+    return [
+        torch.ones(case.parameter_size, dtype=case.parameter_dtype)
+        if name in operator.parameters
+        else None
         for name in ("weight", "bias")
-    )
-    memory_format = torch.preserve_format if strided else torch.contiguous_format
+    ]
+
+
+def _run_rows(case: Case, x) -> None:
+    norm = OPERATORS[case.operator].norm
+    weight, bias = _parameters(case)
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     if case.direction == "forward":
         launch.row_forward(
             x,
@@ -69,24 +84,59 @@ def run(case: Case, strided: bool = False):
             bias,
             1,
             EPS,
-            operator.norm,
-            dtype=dtype,
+            norm,
+            dtype=x.dtype,
             memory_format=memory_format,
             save_statistics=True,
         )
         return
     spread = torch.ones(case.m, dtype=compute_dtype(x))
     launch.row_backward(
-        x.clone(),
+        torch.ones_like(x),
         x,
         weight,
-        spread.clone() if operator.norm == "layer" else None,
+        spread.clone() if norm == "layer" else None,
         spread,
         1,
         EPS,
-        operator.norm,
+        norm,
         memory_format=memory_format,
         needs_dx=True,
-        dweight_dtype=None if weight is None else dtype,
-        dbias_dtype=None if bias is None else dtype,
+        dweight_dtype=weight if weight is None else weight.dtype,
+        dbias_dtype=bias if bias is None else bias.dtype,
     )
+
+
+def _run_channels(case: Case, x) -> None:
+    operator = OPERATORS[case.operator]
+    weight, bias = _parameters(case)
+    over, groups = (
+        ("batch", case.channels)
+        if OPERATORS[case.operator].images_share
+        else ("group", case.sets // case.images)
+    )
+    statistics = [torch.ones(case.sets, dtype=compute_dtype(x)) for _ in range(2)]
+    needed = dict(needs_dx=True, dweight_dtype=weight.dtype, dbias_dtype=bias.dtype)
+    if operator.running == "read" and case.direction == "forward":
+        launch.channel_apply(x, weight, bias, *statistics, EPS, dtype=x.dtype)
+    elif operator.running == "read":
+        launch.channel_apply_backward(torch.ones_like(x), x, weight, *statistics, EPS, **needed)
+    elif case.direction == "forward":
+        running = Running(*statistics, momentum=0.1) if operator.running else None
+        launch.channel_forward(
+            x, weight, bias, groups, over, EPS, dtype=x.dtype, running=running, save_statistics=True
+        )
+    else:
+        launch.channel_backward(torch.ones_like(x), x, weight, *statistics, groups, over, **needed)
+
+
+def run(case: Case, strided: bool = False) -> None:
+    """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
+    addresses, not at values. `strided` takes rows from the channels of `[1, n, m]`."""
+    dtype = DTYPES[case.dtype]
+    if OPERATORS[case.operator].family == "channels":
+        _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
+    elif strided:
+        _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
+    else:
+        _run_rows(case, torch.ones(case.shape, dtype=dtype))

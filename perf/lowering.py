@@ -24,7 +24,15 @@ from tritonnorm import heuristics
 
 from .launches import ACTIVATIONS, observe
 from .launches import run as run_case
-from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, DTYPES, OPERATORS, PASSES, Case
+from .shapes import (
+    BRIEF_OPERATORS,
+    BRIEF_SIZES,
+    DTYPES,
+    PASSES,
+    ROW_OPERATORS,
+    Case,
+    layouts_of,
+)
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SIZES = tuple(2**k for k in range(17))
@@ -33,6 +41,16 @@ than any that is."""
 
 ODD_SIZES = (48, 1000, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
+
+GROUPS = 32
+CHANNEL_SHAPES = {
+    "group_norm": ((1, 320, 64, 64), (1, 1280, 8, 8), (1, 640, 16, 16), (1, 320, 32, 32)),
+    "instance_norm": ((1, 64, 64, 64), (2, 64, 16, 16), (2, 64, 4, 8), (1, 32, 128, 128)),
+    "batch_norm": ((4, 64, 32, 32), (2, 256, 28, 28), (8, 512, 8, 8), (32, 64)),
+    "batch_norm_eval": ((4, 64, 32, 32),),
+}
+"""Small batches whose sets are resident, or in pieces, with and without padding. The number of images
+does not reach the code, but for BatchNorm."""
 
 ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
@@ -68,11 +86,11 @@ class Lowered:
     kernel: str
     operator: str
     direction: str
-    n: int
+    shape: str
     dtype: str
-    strided: bool
-    rows: int
-    block_n: int
+    layout: str  # "contiguous", "channels_last", or "strided" rows
+    tile: tuple[int, int]
+    line: int  # elements that are adjacent in memory, which decide how wide an access can be
     num_warps: int
     registers: int
     stack: int  # bytes, which nothing but spilled registers needs here
@@ -81,12 +99,16 @@ class Lowered:
     instructions_per_byte: float | None = None  # warp instructions a byte of activations
 
     @property
-    def row_bytes(self) -> int:
-        return self.n * DTYPES[self.dtype].itemsize
-
-    @property
     def tile_bytes(self) -> int:
-        return self.rows * self.block_n * DTYPES[self.dtype].itemsize
+        return self.tile[0] * self.tile[1] * DTYPES[self.dtype].itemsize
+
+    def tile_widths(self, tensor: str) -> list[int]:
+        """Bytes of each access to the tiles of a tensor."""
+        widths = self.widths.get(tensor, [])
+        if self.kernel in FIRST_ELEMENTS:
+            wide = self.tile_bytes // (self.num_warps * heuristics.WARP * WIDE)
+            widths = sorted(widths, reverse=True)[: max(wide, 1)]
+        return widths
 
     @property
     def violations(self) -> list[str]:
@@ -95,9 +117,9 @@ class Lowered:
         if self.stack:
             found.append(f"spills: {self.stack} bytes of stack")
         for tensor in ACTIVATIONS:
-            if tensor not in self.widths or (self.row_bytes % WIDE and not self.strided):
+            if tensor not in self.widths or self.line * DTYPES[self.dtype].itemsize % WIDE:
                 continue
-            widths = self.widths[tensor]
+            widths = self.tile_widths(tensor)
             if not widths:
                 found.append(f"{tensor}: no access found")
                 continue
@@ -108,6 +130,9 @@ class Lowered:
                 found.append(f"{tensor}: touches {touched} bytes of a tile of {self.tile_bytes}")
         return found
 
+
+FIRST_ELEMENTS = ("channel_moments",)
+"""Kernels that read, beside its tiles, the first element of every channel of x."""
 
 SWEEPS = ("row_forward_looped", "row_gradient_means")
 """Kernels whose text loads a tile several times: for sweeps, or in a loop that is unrolled."""
@@ -178,6 +203,24 @@ def _instructions(cubin: bytes) -> int:
     return longest or len(found)
 
 
+TILE_SIZES = ("BLOCK_P", "ROWS", "BLOCK_C", "BLOCK_S", "BLOCK_N")
+"""Parameters that are sizes of a tile: a kernel has two of them."""
+
+
+def _line(arguments) -> int:
+    """Elements that are adjacent in memory, as far as a program goes along them; 0 in a fold."""
+    if "ROWS" in arguments:
+        return arguments["M" if arguments["ALIGN"] is None else "N"]
+    if "ADJACENT" not in arguments:
+        return 0
+    if arguments["ADJACENT"] == "s":
+        return arguments["S"]
+    channels = arguments["C"]
+    if "GROUPS" in arguments and arguments["GROUPS"] * arguments["CG"] < channels:
+        return arguments["GROUPS"] * arguments["CG"]
+    return channels
+
+
 def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool) -> Lowered:
     """Reads a compiled kernel."""
     # Triton leaves constexpr and None arguments out of the signature, and flattens tuples.
@@ -201,18 +244,19 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
     warps = arguments["num_warps"]
     block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
     blocks = min(SM_REGISTERS // block_registers, 64 // warps, 32)
-    tile_bytes = arguments["ROWS"] * arguments["BLOCK_N"] * DTYPES[case.dtype].itemsize
+    tile = tuple(arguments[name] for name in TILE_SIZES if name in arguments)
+    tile_bytes = tile[0] * tile[1] * case.itemsize
     loads = sum(name in widths for name in ("x", "dy"))
     return Lowered(
         target=target,
         kernel=kernel.__name__,
         operator=case.operator,
         direction=case.direction,
-        n=case.n,
+        shape=case.name,
         dtype=case.dtype,
-        strided=strided,
-        rows=arguments["ROWS"],
-        block_n=arguments["BLOCK_N"],
+        layout="strided" if strided else case.layout,
+        tile=tile,
+        line=_line(arguments),
         num_warps=warps,
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -222,27 +266,51 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
 
 
 def cases(brief: bool = False) -> list[tuple[Case, bool]]:
-    """(case, strided) for every tile of the heuristics, resident, looped and split.
+    """(case, strided) of rows, and of channels. float16 is lowered as bfloat16 is; parameters have the
+    dtype of the input."""
+    return row_cases(brief) + [(case, False) for case in channel_cases(brief)]
 
-    LayerNorm with weight and bias holds the most, and is compiled for every width and for strided rows;
-    the others for adjacent elements in bfloat16. float16 is lowered as bfloat16 is. Parameters have the
-    dtype of the input.
-    """
+
+def channel_cases(brief: bool = False) -> list[Case]:
+    """Both layouts and passes of CHANNEL_SHAPES."""
+    return [
+        Case(
+            operator,
+            direction,
+            shape,
+            dtype,
+            layout,
+            GROUPS if operator == "group_norm" else None,
+        )
+        for operator, shapes in CHANNEL_SHAPES.items()
+        for shape in (shapes[:1] if brief else shapes)
+        for dtype in (("bf16",) if brief else ("bf16", "fp32", "fp64"))
+        for layout in layouts_of(shape)
+        for direction in PASSES
+    ]
+
+
+def row_cases(brief: bool = False) -> list[tuple[Case, bool]]:
+    """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
+    most, and is compiled for every width and for strided rows; the others for adjacent elements in
+    bfloat16."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
-        operators, sizes, dtypes = OPERATORS, SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
+        operators, sizes, dtypes = ROW_OPERATORS, SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
     chosen = []
     for operator in operators:
         for direction in PASSES:
             for dtype in dtypes if operator == "layer_norm" else ("bf16",):
-                chosen += [(Case(operator, direction, ROWS, n, dtype), False) for n in sizes]
+                chosen += [(Case(operator, direction, (ROWS, n), dtype), False) for n in sizes]
                 if operator == "layer_norm" and not brief:
                     tiles, choose = {}, getattr(heuristics, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
                         tiles.setdefault((tile, tile.block_n < n), n)
-                    chosen += [(Case(operator, direction, ROWS, n, dtype), True) for n in tiles.values()]
+                    chosen += [
+                        (Case(operator, direction, (ROWS, n), dtype), True) for n in tiles.values()
+                    ]
     return chosen
 
 
@@ -255,8 +323,6 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
 
     def compile_and_inspect(kernel, grid, arguments):
         compiled = kernel.warmup(grid=grid, **arguments)
-        if "BLOCK_P" in arguments:  # the fold moves a few megabytes at most
-            return
         found.append(inspect(kernel, arguments, compiled, case, target, strided))
         if instructions:
             counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
@@ -266,15 +332,10 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
         for case, strided in chosen:
             run_case(case, strided)
     if instructions:
-        found = [
-            replace(
-                k,
-                instructions_per_byte=count.result()
-                * k.num_warps
-                / (k.tile_bytes * sum(name in k.widths for name in ACTIVATIONS)),
-            )
-            for k, count in zip(found, counts, strict=True)
-        ]
+        for i, count in enumerate(counts):
+            k = found[i]
+            if moved := k.tile_bytes * sum(name in k.widths for name in ACTIVATIONS):
+                found[i] = replace(k, instructions_per_byte=count.result() * k.num_warps / moved)
     return found
 
 
@@ -282,17 +343,17 @@ def table(lowered: list[Lowered]) -> str:
     """One line a kernel. Spill is in bytes; width is the narrowest access to an activation, in bits;
     KB in flight are an SM's, as far as registers and warps limit them."""
     lines = [
-        f"{'operator':<11} {'pass':<8} {'dtype':<5} {'n':>6} {'kernel':<21} {'tile':>12} {'warps':>5} "
-        f"{'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
+        f"{'operator':<15} {'pass':<8} {'dtype':<5} {'shape':>12} {'layout':<13} {'kernel':<24} "
+        f"{'tile':>8} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
         + (" instr/B" if lowered[0].instructions_per_byte else "")
     ]
     for k in lowered:
-        width = min((w for name in ACTIVATIONS for w in k.widths.get(name, ())), default=0) * 8
-        operator = k.operator + (" (strided)" if k.strided else "")
+        width = min((w for name in ACTIVATIONS for w in k.tile_widths(name)), default=0) * 8
+        tile = f"{k.tile[0]}x{k.tile[1]}"
         lines.append(
-            f"{operator:<11} {k.direction:<8} {k.dtype:<5} {k.n:>6} {k.kernel:<21} "
-            f"{f'{k.rows}x{k.block_n}':>12} {k.num_warps:>5} {k.registers:>4} "
-            f"{k.stack:>5} {width:>5} {k.bytes_in_flight / 1024:>12.0f}"
+            f"{k.operator:<15} {k.direction:<8} {k.dtype:<5} {k.shape:>12} {k.layout:<13} "
+            f"{k.kernel:<24} {tile:>8} {k.num_warps:>5} {k.registers:>4} {k.stack:>5} {width:>5} "
+            f"{k.bytes_in_flight / 1024:>12.0f}"
             + (f" {k.instructions_per_byte:>7.3f}" if k.instructions_per_byte else "")
             + ("  <- " + "; ".join(k.violations) if k.violations else "")
         )

@@ -1,7 +1,8 @@
 """Who is measured: tritonnorm, PyTorch eager and compiled, and the peers that are installed.
 
 Every provider offers some of the operators as functions `(x, *parameters) -> y` with the same eps, and
-is called through the interface that its users call.
+is called through the interface that its users call. Behind the parameters come BatchNorm's running
+statistics, and GroupNorm's number of groups.
 """
 
 import importlib
@@ -18,7 +19,18 @@ from .machine import installed_version, tritonnorm_version
 from .shapes import DTYPES, OPERATORS, Case
 from .traffic import floor_bytes
 
-EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6, "normalize": 1e-12}
+EPS = {
+    "layer_norm": 1e-5,
+    "rms_norm": 1e-6,
+    "normalize": 1e-12,
+    "batch_norm": 1e-5,
+    "batch_norm_eval": 1e-5,
+    "group_norm": 1e-5,
+    "instance_norm": 1e-5,
+}
+
+MOMENTUM = 0.1
+"""What a batch's statistics count in the running ones: PyTorch's default."""
 
 REFERENCE_ELEMENTS = 2**24
 """Elements a step of the float64 reference: 128 MB a tensor."""
@@ -30,23 +42,51 @@ MESSAGE_CHARACTERS = 300
 @dataclass(frozen=True)
 class Provider:
     """Implementations of operators. `prepare` is applied to one before each case; the operators of
-    `float32_parameters` take no narrower weight and bias."""
+    `float32_parameters` take no narrower weight and bias, those of `contiguous_only` copy an input of
+    another layout first."""
 
     name: str
     version: str
     operators: Mapping[str, Callable]
     prepare: Callable[[Callable], Callable] = lambda function: function
     float32_parameters: frozenset[str] = frozenset()
+    contiguous_only: frozenset[str] = frozenset()
+
+    def offers(self, case: Case) -> bool:
+        """Whether there is an implementation to be measured."""
+        copies = case.layout != "contiguous" and case.operator in self.contiguous_only
+        return case.operator in self.operators and not copies
 
 
 def with_signatures_of_torch(functional) -> dict[str, Callable]:
     """The operators of a module that has the signatures of torch.nn.functional."""
+
+    def batch_norm(operator):
+        return lambda x, weight, bias, running_mean, running_var: functional.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=operator == "batch_norm",
+            momentum=MOMENTUM,
+            eps=EPS[operator],
+        )
+
     return {
         "layer_norm": lambda x, weight, bias: functional.layer_norm(
             x, weight.shape, weight, bias, EPS["layer_norm"]
         ),
         "rms_norm": lambda x, weight: functional.rms_norm(x, weight.shape, weight, EPS["rms_norm"]),
         "normalize": lambda x: functional.normalize(x, dim=-1, eps=EPS["normalize"]),
+        "batch_norm": batch_norm("batch_norm"),
+        "batch_norm_eval": batch_norm("batch_norm_eval"),
+        "group_norm": lambda x, weight, bias, groups: functional.group_norm(
+            x, groups, weight, bias, EPS["group_norm"]
+        ),
+        "instance_norm": lambda x, weight, bias: functional.instance_norm(
+            x, weight=weight, bias=bias, eps=EPS["instance_norm"]
+        ),
     }
 
 
@@ -54,8 +94,16 @@ def _tritonnorm() -> Provider:
     return Provider("tritonnorm", tritonnorm_version(), with_signatures_of_torch(tritonnorm.functional))
 
 
+def _torch_version() -> str:
+    """PyTorch's version, with that of cuDNN, which serves BatchNorm and InstanceNorm where it can."""
+    if not torch.backends.cudnn.is_available():
+        return torch.__version__
+    version = torch.backends.cudnn.version()  # 90100: 9.1.0
+    return f"{torch.__version__}, cuDNN {version // 10000}.{version // 100 % 100}"
+
+
 def _torch() -> Provider:
-    return Provider("torch", torch.__version__, with_signatures_of_torch(torch.nn.functional))
+    return Provider("torch", _torch_version(), with_signatures_of_torch(torch.nn.functional))
 
 
 def _compiled(function):
@@ -85,7 +133,11 @@ def _liger() -> Provider:
             "rms_norm": lambda x, weight: functional.liger_rms_norm(
                 x, weight, EPS["rms_norm"], in_place=False
             ),
+            "group_norm": lambda x, weight, bias, groups: functional.liger_group_norm(
+                x, weight, bias, x.shape[1], groups, EPS["group_norm"]
+            ),
         },
+        contiguous_only=frozenset({"group_norm"}),
     )
 
 
@@ -164,38 +216,65 @@ def describe(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case: x and dy `[m, n]`, parameters `[n]`."""
+    """The tensors of a case: x and dy in its shape and layout, parameters `[n]` or `[channels]`, and
+    running mean and variance `[channels]` where the operator has them."""
 
     x: torch.Tensor
     parameters: tuple[torch.Tensor, ...]
     dy: torch.Tensor
+    running: tuple[torch.Tensor, ...] = ()
 
 
 def make_inputs(case: Case, device) -> Inputs:
     """Normally distributed inputs, the same at every run. Means of 1, and a dy that goes with x, make
-    the mean, c1 and c2 as large as what they are subtracted from: a provider without is found out."""
+    the mean, c1 and c2 as large as what they are subtracted from: a provider without is found out. So
+    is one that takes the batch's statistics for running ones, which are others."""
+    operator = OPERATORS[case.operator]
     generator = torch.Generator(device).manual_seed(0)
-    options = dict(dtype=DTYPES[case.dtype], device=device, generator=generator)
-    x = torch.randn(case.m, case.n, **options) + 1
-    dy = torch.randn(case.m, case.n, **options).add_(x).add_(1)
-    parameters = tuple(
-        (torch.randn(case.n, **options) + 1).requires_grad_()
-        for _ in OPERATORS[case.operator].parameters
-    )
-    return Inputs(x.requires_grad_(), parameters, dy.detach())
+
+    def normal(*shape, dtype=case.parameter_dtype):
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    def activation():
+        dtype = DTYPES[case.dtype]
+        if case.layout == "contiguous":
+            return normal(*case.shape, dtype=dtype)
+        images, channels, *spatial = case.shape
+        return normal(images, *spatial, channels, dtype=dtype).movedim(-1, 1)
+
+    x = activation().add_(1)
+    dy = activation().add_(x).add_(1)
+    size = case.parameter_size
+    parameters = tuple((normal(size) + 1).requires_grad_() for _ in operator.parameters)
+    running = (normal(size) + 1, normal(size).square() + 0.5) if operator.running else ()
+    return Inputs(x.requires_grad_(), parameters, dy, running)
 
 
 def make_call(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What is timed: the forward pass to (y,), or the backward pass alone to the gradients of x and
-    of every parameter. Both as in training: the forward pass saves what the backward needs."""
+    """What is timed: the forward pass to y and the running statistics that it updates, or the backward
+    pass alone to the gradients of x and of every parameter. Both as in training: the forward pass saves
+    what the backward needs."""
     function = provider.prepare(provider.operators[case.operator])
     leaves = (inputs.x, *inputs.parameters)
     if case.operator in provider.float32_parameters:
         leaves = (inputs.x, *(p.detach().float().requires_grad_() for p in inputs.parameters))
+    running = tuple(r.clone() for r in inputs.running)  # every provider begins with the same
+    others = (*running, *_groups(case))
     if case.direction == "forward":
-        return lambda: (function(*leaves),)
-    y = function(*leaves)
+        updated = _updated(case, running)
+        return lambda: (function(*leaves, *others), *updated)
+    y = function(*leaves, *others)
     return lambda: torch.autograd.grad(y, leaves, inputs.dy, retain_graph=True)
+
+
+def _groups(case: Case) -> tuple[int, ...]:
+    """The argument that GroupNorm has in addition."""
+    return () if case.groups is None else (case.groups,)
+
+
+def _updated(case: Case, running) -> tuple[torch.Tensor, ...]:
+    """Of running statistics, those that are a forward pass's results."""
+    return running if OPERATORS[case.operator].running == "updated" else ()
 
 
 def make_copy(case: Case, device) -> Callable[[], torch.Tensor]:
@@ -208,30 +287,35 @@ def max_error(case: Case, inputs: Inputs, outputs) -> float:
     """The largest difference of any output from PyTorch's float64 result, relative to the largest
     magnitude of that output; NaN if there is one.
 
-    The reference is computed for as many rows at a time as keep it small beside the inputs.
+    The reference is computed for as many rows, images or, where images share statistics, channels at a
+    time as keep it small beside the inputs; of contiguous tensors, whatever the layout of the case.
     """
     function = with_signatures_of_torch(torch.nn.functional)[case.operator]
-    parameters = [p.detach().double().requires_grad_() for p in inputs.parameters]
     backward = case.direction == "backward"
+    by_channels = OPERATORS[case.operator].images_share
+    size = case.channels if by_channels else case.shape[0]
+    step = max(REFERENCE_ELEMENTS * size // case.elements, 1)
     difference = largest = torch.zeros((), dtype=torch.float64, device=inputs.x.device)
-    sums = [torch.zeros_like(p) for p in parameters]
-    rows = max(REFERENCE_ELEMENTS // case.n, 1)
-    for start in range(0, case.m, rows):
-        chunk = slice(start, start + rows)
-        x = inputs.x.detach()[chunk].double().requires_grad_(backward)
+    # What is not of x's shape: every chunk has its part of it by channels, or adds to all of it.
+    totals = [torch.zeros_like(t, dtype=torch.float64) for t in outputs[1:]]
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        chunk, columns = ((slice(None), part), part) if by_channels else (part, slice(None))
+        x, dy = (t.detach()[chunk].contiguous().double() for t in (inputs.x, inputs.dy))
+        x.requires_grad_(backward)
+        parameters = [p.detach()[columns].double().requires_grad_() for p in inputs.parameters]
+        running = [r[columns].double().clone() for r in inputs.running]
         with torch.set_grad_enabled(backward):
-            reference = function(x, *parameters)
+            reference = function(x, *parameters, *running, *_groups(case))
+        others = _updated(case, running)
         if backward:
-            reference, *gradients = torch.autograd.grad(
-                reference, (x, *parameters), inputs.dy[chunk].double()
-            )
-            sums = [a + b for a, b in zip(sums, gradients, strict=True)]
+            reference, *others = torch.autograd.grad(reference, (x, *parameters), dy)
+        for total, other in zip(totals, others, strict=True):
+            total[columns] += other
         difference = torch.maximum(difference, (outputs[0].detach()[chunk] - reference).abs().max())
         largest = torch.maximum(largest, reference.abs().max())
-    errors = [difference / largest]
-    if backward:
-        errors += [
-            (got - reference).abs().max() / reference.abs().max()
-            for got, reference in zip(outputs[1:], sums, strict=True)
-        ]
-    return torch.stack(errors).max().item()
+    errors = [
+        (got - total).abs().max() / total.abs().max()
+        for got, total in zip(outputs[1:], totals, strict=True)
+    ]
+    return torch.stack([difference / largest, *errors]).max().item()

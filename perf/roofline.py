@@ -1,8 +1,10 @@
-"""Draws a CSV of `bench`: achieved bandwidth against row length, beside a copy and the datasheet.
+"""Draws a CSV of `bench`: achieved bandwidth against the number of elements that share statistics, a
+row's length or a group's size, beside a copy and the datasheet.
 
-A panel is one operator and direction, a line one provider. Drawn are cases of tensors large enough
-that memory and not the launch takes the time, and at each row length the one with the most rows. Every
-figure is the CSV's, but for the datasheet's ceiling, a line if the device is known.
+A plot is one family of operators in one dtype, a panel one operator and direction, a line one provider
+in one layout. Drawn are cases of tensors large enough that memory and not the launch takes the time,
+and at each number of elements the largest. Every figure is the CSV's, but for the datasheet's ceiling, a
+line if the device is known.
 """
 
 import argparse
@@ -12,10 +14,12 @@ from math import nan
 from pathlib import Path
 from textwrap import fill
 
-from .shapes import DTYPES, OPERATORS, PASSES
+from .shapes import DTYPES, LAYOUTS, OPERATORS, PASSES
+from .table import CASE_FIELDS, read_case
+from .traffic import tensor_bytes
 
 REQUIRED = (
-    *("operator", "direction", "m", "n", "dtype", "provider", "provider_version", "gbps", "status"),
+    *(*CASE_FIELDS, "provider", "provider_version", "gbps", "status"),
     *("device", "driver_version", "cuda_version", "torch_version", "triton_version"),
     *("tritonnorm_version", "date"),
 )
@@ -43,7 +47,18 @@ DATASHEET_GBPS = {
 }
 """Bandwidth of the device memory as the datasheet states it, GB/s, by the name that CUDA gives."""
 
-TITLES = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "normalize": "L2 normalize"}
+FAMILIES = {"rows": "roofline", "channels": "roofline-channels"}
+"""The families of operators, and the names of their plots."""
+
+TITLES = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "normalize": "L2 normalize",
+    "batch_norm": "BatchNorm",
+    "batch_norm_eval": "BatchNorm in evaluation",
+    "group_norm": "GroupNorm",
+    "instance_norm": "InstanceNorm",
+}
 DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 STYLES = {
@@ -53,9 +68,11 @@ STYLES = {
     "liger": dict(color="#009e73", linewidth=1.3, marker="^", markersize=4),
     "fla": dict(color="#cc79a7", linewidth=1.3, marker="v", markersize=4),
     "quack": dict(color="#000000", linewidth=1.3, marker="P", markersize=4),
-    "copy": dict(color="#666666", linewidth=1.3, linestyle=(0, (4, 2))),
+    "copy": dict(color="#666666", linewidth=1.3, linestyle=(0, (1, 1.5))),
 }
 """Colours of Okabe and Ito's palette, told apart by readers of any colour vision, and by markers."""
+
+LAYOUT_STYLES = {"contiguous": {}, "channels_last": dict(linestyle=(0, (4, 2)), markerfacecolor="white")}
 
 LEAST_TENSOR_BYTES = 64 * 2**20
 """Below it, a launch of some microseconds shows in the bandwidth of a fast device."""
@@ -64,10 +81,6 @@ GREY = "#666666"
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_ENTRY_WIDTH = 4.0, 2.9, 1.6  # inches
 CAPTION_CHARACTERS = 17  # an inch
 DPI = 160
-
-
-def _tensor_bytes(row) -> int:
-    return int(row["m"]) * int(row["n"]) * DTYPES[row["dtype"]].itemsize
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -81,7 +94,8 @@ def read(path: Path) -> list[dict[str, str]]:
         absent = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
         if absent:
             raise ValueError(f"{path}: not a CSV of `bench`, it has no column {', '.join(absent)}")
-        rows = [row for row in reader if row["gbps"] and _tensor_bytes(row) >= LEAST_TENSOR_BYTES]
+        rows = [row for row in reader if row["gbps"]]
+    rows = [row for row in rows if tensor_bytes(read_case(row)) >= LEAST_TENSOR_BYTES]
     if not rows:
         raise ValueError(f"{path}: no figure of a tensor of {LEAST_TENSOR_BYTES >> 20} MiB or more")
     devices = sorted({row["device"] for row in rows})
@@ -90,33 +104,48 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def lines(rows, operator, direction) -> dict[str, list[tuple[int, float, str]]]:
-    """Per provider the points (n, TB/s, status) of a panel, by row length."""
-    rows = [row for row in rows if (row["operator"], row["direction"]) == (operator, direction)]
-    most = {}
-    for row in rows:
-        most[row["n"]] = max(most.get(row["n"], 0), int(row["m"]))
+def lines(rows, operator, direction) -> dict[tuple[str, str], list[tuple[int, float, str]]]:
+    """The points (elements that share statistics, TB/s, status) of a panel, by provider and layout.
+
+    In every layout the largest tensor of each number of elements is drawn, for all providers the same.
+    """
+    wanted = (operator, direction)
+    cases = [(read_case(row), row) for row in rows if (row["operator"], row["direction"]) == wanted]
+    largest = {}
+    for case, _ in cases:
+        other = largest.setdefault((case.layout, case.set_size), case)
+        if case.elements > other.elements:
+            largest[case.layout, case.set_size] = case
     found = {}
-    for row in rows:
-        if int(row["m"]) == most[row["n"]]:
-            point = int(row["n"]), float(row["gbps"]) / 1e3, row["status"]
-            found.setdefault(row["provider"], []).append(point)
-    return {name: sorted(found[name]) for name in STYLES if name in found}
+    for case, row in cases:
+        if case == largest[case.layout, case.set_size]:
+            layout = LAYOUTS[0] if row["provider"] == "copy" else case.layout  # a copy has none
+            points = found.setdefault((row["provider"], layout), {})
+            points.setdefault(case.set_size, (float(row["gbps"]) / 1e3, row["status"]))
+    return {
+        (provider, layout): [(size, *point) for size, point in sorted(found[provider, layout].items())]
+        for provider in STYLES
+        for layout in LAYOUTS
+        if (provider, layout) in found
+    }
 
 
-def _length(n: int) -> str:
-    return f"{n // 1024}K" if n >= 1024 and n % 1024 == 0 else str(n)
+def _count(n: int) -> str:
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return str(n)
 
 
 def _points(axes, found) -> None:
     """Draws the lines of one panel; a wrong result's figure is a cross that interrupts its line."""
-    for provider, points in found.items():
-        style = STYLES[provider]
-        lengths = [n for n, _, _ in points]
+    for (provider, layout), points in found.items():
+        style = STYLES[provider] | LAYOUT_STYLES[layout]
+        sizes = [size for size, _, _ in points]
         right = [value if status == "ok" else nan for _, value, status in points]
         wrong = [value if status == "wrong" else nan for _, value, status in points]
-        axes.plot(lengths, right, label=provider, **style)
-        axes.plot(lengths, wrong, "x", color=style["color"], markersize=7)
+        axes.plot(sizes, right, label=provider, **style)
+        axes.plot(sizes, wrong, "x", color=style["color"], markersize=7)
 
 
 def _roofs(axes, roofs, labelled) -> None:
@@ -148,34 +177,45 @@ def _caption(rows) -> tuple[str, str]:
         )
         if first[name]
     )
-    wrong = " A cross is a wrong result." if any(row["status"] == "wrong" for row in rows) else ""
+    signs = ""
+    if any(row["status"] == "wrong" for row in rows):
+        signs += " A cross is a wrong result."
+    if any(row["layout"] == "channels_last" for row in rows):
+        signs += " Dashed: channels_last."
     return (
         f"{first['device']}, {versions}. Measured {first['date'][:10]}.",
         "Bandwidth: bytes that the operator must move, the same for everyone, over the median time, L2 "
-        f"flushed. Tensors of {LEAST_TENSOR_BYTES >> 20} MiB or more, at each N the largest.{wrong}",
+        f"flushed. Tensors of {LEAST_TENSOR_BYTES >> 20} MiB or more, the largest at each number of "
+        f"elements.{signs}",
     )
 
 
 def _provider_labels(rows) -> dict[str, str]:
-    """Names for the legend, with the peers' versions. tritonnorm's and PyTorch's are in the caption."""
-    labels = {row["provider"]: f"{row['provider']} {row['provider_version']}" for row in rows}
-    known = {"tritonnorm": "tritonnorm", "torch": "PyTorch", "torch.compile": "torch.compile"}
-    return labels | known | {"copy": "copy of as many bytes"}
+    """Names for the legend, with the versions that are not in the caption: the peers' and cuDNN's."""
+    versions = {row["provider"]: row["provider_version"] for row in rows}
+    labels = {provider: f"{provider} {version}" for provider, version in versions.items()}
+    _, comma, cudnn = versions.get("torch", "").partition(",")
+    known = {"tritonnorm": "tritonnorm", "torch": f"PyTorch{comma}{cudnn}"}
+    return labels | known | {"torch.compile": "torch.compile", "copy": "copy of as many bytes"}
 
 
-def draw(rows, dtype):
-    """The figure of the rows of one dtype.
+def _select(rows, family, dtype):
+    return [r for r in rows if (OPERATORS[r["operator"]].family, r["dtype"]) == (family, dtype)]
+
+
+def draw(rows, family, dtype):
+    """The figure of a family of operators in one dtype.
 
     matplotlib is imported here, as a GPU machine may be without: it draws nothing, but measures.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    rows = [row for row in rows if row["dtype"] == dtype]
+    rows = _select(rows, family, dtype)
     operators = [name for name in OPERATORS if any(row["operator"] == name for row in rows)]
     directions = [name for name in PASSES if any(row["direction"] == name for row in rows)]
     panels = {(d, o): lines(rows, o, d) for d in directions for o in operators}
-    copies = [value for found in panels.values() for _, value, _ in found.get("copy", [])]
+    copies = [value for found in panels.values() for _, value, _ in found.get(("copy", LAYOUTS[0]), [])]
     roofs = {"best copy": max(copies)} if copies else {}
     if rows[0]["device"] in DATASHEET_GBPS:
         roofs["datasheet"] = DATASHEET_GBPS[rows[0]["device"]] / 1e3
@@ -191,23 +231,22 @@ def draw(rows, dtype):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(LogLocator(base=4))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _length(round(n))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _count(round(n))))
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, color=GREY)
     for axes in grid[-1]:
-        axes.set_xlabel("row length N", fontsize=9)
+        axes.set_xlabel("elements that share statistics", fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel("TB/s", fontsize=9)
 
     names = _provider_labels(rows)
     handles = {}
     for axes in grid.flat:
-        handles |= {
-            label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)  # that of the first layout
     ordered = [name for name in STYLES if name in handles]
     figure.legend(
         [handles[name] for name in ordered],
@@ -247,10 +286,11 @@ def run(arguments) -> int:
     try:
         rows = read(arguments.csv)
         out.mkdir(parents=True, exist_ok=True)
-        for dtype in DTYPES:
-            if any(row["dtype"] == dtype for row in rows):
-                for path in save(draw(rows, dtype), out / f"roofline-{dtype}"):
-                    print(path)
+        for family, name in FAMILIES.items():
+            for dtype in DTYPES:
+                if _select(rows, family, dtype):
+                    for path in save(draw(rows, family, dtype), out / f"{name}-{dtype}"):
+                        print(path)
     except (OSError, ValueError) as error:
         print(f"roofline: {error}", file=sys.stderr)
         return 1

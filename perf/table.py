@@ -3,13 +3,12 @@
 import csv
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from .shapes import Case
 
-CASE_FIELDS = ("operator", "direction", "m", "n", "dtype")
+CASE_FIELDS = ("operator", "direction", "shape", "layout", "groups", "dtype")
 RESULT_FIELDS = (
     "provider",
     "provider_version",
@@ -39,6 +38,23 @@ FIELDS = CASE_FIELDS + RESULT_FIELDS + RUN_FIELDS
 
 FASTER = 0.98
 """A peer is faster if it takes less than this part of our time; below that is noise."""
+
+
+def case_fields(case: Case) -> dict[str, str]:
+    """A case as the texts of its columns."""
+    fields = {name: getattr(case, name) for name in CASE_FIELDS}
+    return fields | {"shape": case.name, "groups": str(case.groups or "")}
+
+
+def read_case(row) -> Case:
+    """The case that the columns of a row tell.
+
+    Raises:
+        ValueError, KeyError: they tell none.
+    """
+    shape = tuple(int(size) for size in row["shape"].split("x"))
+    groups = int(row["groups"]) if row["groups"] else None
+    return Case(row["operator"], row["direction"], shape, row["dtype"], row["layout"], groups)
 
 
 class Table:
@@ -79,7 +95,7 @@ class Table:
 
     def find(self, case: Case | None, provider: str) -> dict[str, str] | None:
         """The row of a provider on a case, or on none: that of an absent provider."""
-        return self._rows.get(self._key({**(asdict(case) if case else {}), "provider": provider}))
+        return self._rows.get(self._key({**(case_fields(case) if case else {}), "provider": provider}))
 
     def add(self, **values) -> None:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -94,26 +110,26 @@ def summary(rows) -> str:
     times = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
-            times[tuple(row[name] for name in CASE_FIELDS)][row["provider"]] = float(row["median_us"])
+            times[read_case(row)][row["provider"]] = float(row["median_us"])
     fractions, lines = defaultdict(list), []
-    for (operator, direction, m, n, dtype), case in times.items():
-        ours, copy = case.pop("tritonnorm", None), case.pop("copy", None)
+    for case, found in times.items():
+        ours, copy = found.pop("tritonnorm", None), found.pop("copy", None)
         if ours is None or copy is None:
             continue
-        fractions[operator, direction, dtype].append(copy / ours)
+        fractions[case.kind].append(copy / ours)
         lines += [
-            f"  {operator} {direction} {m}x{n} {dtype}: {peer} takes {theirs / ours:.0%} of our time"
-            for peer, theirs in case.items()
+            f"  {case.label}: {peer} takes {theirs / ours:.0%} of our time"
+            for peer, theirs in found.items()
             if theirs < FASTER * ours
         ]
     margin = f"by more than {1 - FASTER:.0%}"
     if fractions:
         lines.insert(0, f"a peer is faster {margin} in:" if lines else f"no peer is faster {margin}")
-    found = [
-        f"{' '.join(key)}: {min(parts):.0%} to {max(parts):.0%} of a copy's bandwidth, "
+    reached = [
+        f"{kind}: {min(parts):.0%} to {max(parts):.0%} of a copy's bandwidth, "
         f"median {statistics.median(parts):.0%}, {len(parts)} shapes"
-        for key, parts in fractions.items()
+        for kind, parts in fractions.items()
     ]
     failures = Counter((r["provider"], r["status"]) for r in rows if r["status"] in ("wrong", "error"))
     failed = [f"{provider}: {count} rows {status}" for (provider, status), count in failures.items()]
-    return "\n".join([*found, *lines, *failed])
+    return "\n".join([*reached, *lines, *failed])

@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, Case
+from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, ROW_OPERATORS, Case
 
 SIZES = (64, 128, 512, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20000, 65536)
 ROWS = 8
@@ -22,20 +22,22 @@ TOLERANCE = 0.005
 
 def tensor_bytes(case: Case) -> int:
     """T, the bytes of one activation tensor."""
-    return case.m * case.n * case.itemsize
+    return case.elements * case.itemsize
 
 
 def floor_bytes(case: Case) -> int:
     """The least a pass can move: each activation, statistic and parameter once.
 
-    Forward: x, y, the parameters, and the saved statistics. Backward: dy, x, dx, the statistics, the
-    weight, and the parameters' gradients. Activations alone are 2T and 3T.
+    Forward: x, y, the parameters, and the statistics, which are saved, or read in evaluation; running
+    statistics that are updated are read and written. Backward: dy, x, dx, the statistics, the weight,
+    and the parameters' gradients. Activations alone are 2T and 3T.
     """
     operator = OPERATORS[case.operator]
-    statistics = case.m * max(case.itemsize, 4) * (2 if operator.norm == "layer" else 1)
-    parameter = case.n * case.itemsize
+    statistics = case.sets * max(case.itemsize, 4) * (2 if operator.norm == "layer" else 1)
+    parameter = case.parameter_size * case.parameter_dtype.itemsize
     if case.direction == "forward":
-        return 2 * tensor_bytes(case) + statistics + parameter * len(operator.parameters)
+        updated = 2 * statistics if operator.running == "updated" else 0
+        return 2 * tensor_bytes(case) + statistics + updated + parameter * len(operator.parameters)
     weights = parameter * ("weight" in operator.parameters)
     return 3 * tensor_bytes(case) + statistics + weights + parameter * len(operator.parameters)
 
@@ -148,9 +150,9 @@ def cases(brief: bool = False) -> list[Case]:
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
-        operators, sizes, dtypes = OPERATORS, SIZES, ("bf16", "fp32", "fp64")
+        operators, sizes, dtypes = ROW_OPERATORS, SIZES, ("bf16", "fp32", "fp64")
     return [
-        Case(operator, direction, ROWS, n, dtype)
+        Case(operator, direction, (ROWS, n), dtype)
         for operator in operators
         for direction in PASSES
         for dtype in (dtypes if operator == "layer_norm" else ("bf16",))

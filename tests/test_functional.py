@@ -26,7 +26,7 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(launch, "row_backward", refuse)
 
 
-@pytest.mark.parametrize("name", tF.__all__)
+@pytest.mark.parametrize("name", sorted(set(tF.__all__) - {"layer_norm2d"}))
 def test_signatures_are_those_of_torch(name):
     ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (tF, F))
     assert [(p.name, p.default, p.kind) for p in ours.values()] == [
@@ -133,7 +133,7 @@ def test_traces_take_torch(device):
 
 def test_autocast_of_mixed_dtypes_without_a_device(monkeypatch):
     """CUDA autocast gives float32, also where the work is left to PyTorch, as in a compiled graph."""
-    monkeypatch.setattr(tF, "_is_plain", lambda *_: True)
+    monkeypatch.setattr(tF, "is_plain", lambda *_: True)
     torch.set_autocast_enabled("cuda", True)
     try:
         with FakeTensorMode():

@@ -9,17 +9,43 @@ import pytest
 import torch
 
 from perf import __main__ as perf_main
-from perf import bench, gpu, machine, providers, roofline
+from perf import bench, gpu, machine, providers, roofline, shapes
 from perf.providers import Provider, with_signatures_of_torch
-from perf.shapes import DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, parse_shapes
-from perf.table import FIELDS, Table, summary
+from perf.shapes import (
+    BATCH_OPERATORS,
+    CHANNEL_OPERATORS,
+    DTYPES,
+    OPERATORS,
+    PASSES,
+    ROW_OPERATORS,
+    SHAPE_SETS,
+    Case,
+    ShapeSet,
+    parse_shapes,
+)
+from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary
 from perf.timer import DeviceTimer, Timing
 from perf.traffic import floor_bytes, tensor_bytes
 
 ON_GPU = torch.cuda.is_available()
-NORMS = [(operator, direction) for operator in OPERATORS for direction in PASSES]
 RUN = {"device": "NVIDIA H200", "tritonnorm_version": "0.1.0", "command": "python -m perf bench"}
 TORCH = with_signatures_of_torch(torch.nn.functional)
+TINY = Case("normalize", "forward", (1, 1), "bf16")
+
+
+def small_cases(dtype):
+    """Every operator and pass in every layout, each in chunks of a reference of 256 elements."""
+    sets = [
+        ShapeSet("rows", ((33, 64),)),
+        ShapeSet("without anything spatial", ((5, 64),), BATCH_OPERATORS),
+        ShapeSet("images", ((3, 64, 5, 3),), CHANNEL_OPERATORS),
+        ShapeSet("lines and volumes", ((3, 8, 12), (2, 8, 3, 2, 5)), CHANNEL_OPERATORS, groups=4),
+    ]
+    return bench.make_cases(OPERATORS, PASSES, [dtype], sets)
+
+
+def by_label(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.label)
 
 
 def fake_timer(call):
@@ -54,16 +80,89 @@ def measured(path, measured_providers, cases, resume=False, seconds=100):
 def test_shape_sets_fit_a_gpu_of_80_gb(name):
     """Six float32 activations at once: x, dy, y, dx and what an unfused backward pass adds."""
     assert SHAPE_SETS[name].reason
-    for m, n in SHAPE_SETS[name].shapes:
-        assert 6 * tensor_bytes(Case("layer_norm", "backward", m, n, "fp32")) < 80e9
+    for case in bench.make_cases(OPERATORS, PASSES, ["fp32"], [SHAPE_SETS[name]]):
+        assert 6 * tensor_bytes(case) < 80e9
 
 
-def test_parse_shapes_takes_sets_and_sizes_once():
-    decode = list(SHAPE_SETS["decode"].shapes)
-    assert parse_shapes(["3x5", "decode", "1x4096", "3x5"]) == [(3, 5), *decode]
+@pytest.mark.parametrize("names", [shapes.DEFAULT_SETS, shapes.QUICK_SETS, gpu.FULL_SETS])
+def test_every_operator_and_layout_is_measured_and_plotted(names):
+    cases = bench.make_cases(OPERATORS, ["forward"], ["bf16"], [SHAPE_SETS[name] for name in names])
+    large = [case for case in cases if tensor_bytes(case) >= roofline.LEAST_TENSOR_BYTES]
+    both = {(operator, layout) for operator in CHANNEL_OPERATORS for layout in shapes.LAYOUTS}
+    rows = {(operator, "contiguous") for operator in ROW_OPERATORS}
+    assert {(case.operator, case.layout) for case in large} == both | rows
 
 
-@pytest.mark.parametrize("text", ["large", "4096", "4096x", "0x16", "-1x16", "4x4x4"])
+@pytest.mark.parametrize(
+    ("operator", "shape", "groups", "set_size"),
+    [
+        ("layer_norm", (10, 64), None, 64),
+        ("group_norm", (2, 12, 5, 7), 4, 3 * 35),
+        ("instance_norm", (2, 12, 5, 7), None, 35),
+        ("batch_norm", (2, 12, 5, 7), None, 2 * 35),
+        ("batch_norm_eval", (2, 12), None, 2),
+    ],
+)
+def test_elements_that_share_statistics(operator, shape, groups, set_size):
+    case = Case(operator, "forward", shape, "bf16", groups=groups)
+    assert case.set_size == set_size
+    assert case.sets * set_size == case.elements
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("layer_norm", (4, 4, 4)), "takes no tensor of 3 dimensions"),
+        (("batch_norm", (4,)), "takes no tensor of 1 dimensions"),
+        (("batch_norm", (4, 8), "channels_last"), "4x8: there is no layout 'channels_last'"),
+        (("batch_norm", (4, 8, 2), "strided"), "there is no layout 'strided'"),
+        (("batch_norm", (4, 8, 2), "contiguous", 2), "batch_norm of 2 groups"),
+        (("group_norm", (4, 8, 2)), "group_norm of None groups"),
+        (("group_norm", (4, 8, 2), "contiguous", 3), "4x8x2: 8 channels make no 3 groups"),
+    ],
+)
+def test_a_case_that_its_operator_does_not_take_is_refused(arguments, message):
+    operator, shape, *others = arguments
+    with pytest.raises(ValueError, match=message):
+        Case(operator, "forward", shape, "bf16", *others)
+
+
+def made(texts, operators):
+    """The labels of the cases of these shapes, without pass and dtype."""
+    cases = bench.make_cases(operators, ["forward"], ["bf16"], parse_shapes(texts))
+    return [case.label.replace(" forward", "").removesuffix(" bf16") for case in cases]
+
+
+def test_an_operator_takes_the_shapes_of_its_kind_once():
+    assert made(["3x5", "decode", "1x4096", "quick_channels"], ["rms_norm"]) == [
+        *("rms_norm 3x5", "rms_norm 1x4096", "rms_norm 1x8192", "rms_norm 1x16384")
+    ]
+    assert made(["3x5"], OPERATORS) == [
+        *("layer_norm 3x5", "rms_norm 3x5", "normalize 3x5"),
+        *("batch_norm 3x5 contiguous", "batch_norm_eval 3x5 contiguous"),
+    ]
+    assert made(["3x6:2"], ["group_norm"]) == ["group_norm 3x6:2 contiguous"]
+    assert made(["3x64x5x5", "3x6x5:2"], ["layer_norm", "group_norm", "instance_norm"]) == [
+        *("group_norm 3x64x5x5:32 contiguous", "group_norm 3x64x5x5:32 channels_last"),
+        *("instance_norm 3x64x5x5 contiguous", "instance_norm 3x64x5x5 channels_last"),
+        *("group_norm 3x6x5:2 contiguous", "group_norm 3x6x5:2 channels_last"),
+        *("instance_norm 3x6x5 contiguous", "instance_norm 3x6x5 channels_last"),
+    ]
+
+
+def test_a_set_may_fix_layout_and_groups():
+    assert made(["gn_8_groups"], OPERATORS) == ["group_norm 112x64x512x512:8 contiguous"]
+    assert all(label.endswith(":32 channels_last") for label in made(["unet"], OPERATORS))
+
+
+def test_shapes_for_none_of_the_operators_are_refused():
+    with pytest.raises(ValueError, match="no shape for layer_norm, rms_norm"):
+        made(["bn", "3x64x5x5"], ["layer_norm", "rms_norm"])
+
+
+@pytest.mark.parametrize(
+    "text", ["large", "4096", "4096x", "0x16", "-1x16", "4x4:", "4x4:0", "4x4:2:2", "quick:8"]
+)
 def test_parse_shapes_refuses_other_texts(text):
     with pytest.raises(ValueError, match="neither a set"):
         parse_shapes([text])
@@ -73,11 +172,28 @@ def test_parse_shapes_refuses_other_texts(text):
     ("case", "by_hand"),
     [
         # x and y; mean and rstd in float32; weight and bias
-        (Case("layer_norm", "forward", 10, 64, "bf16"), 2 * 1280 + 2 * 40 + 2 * 128),
+        (Case("layer_norm", "forward", (10, 64), "bf16"), 2 * 1280 + 2 * 40 + 2 * 128),
         # dy, x and dx; mean and rstd; weight; the gradients of weight and bias
-        (Case("layer_norm", "backward", 10, 64, "bf16"), 3 * 1280 + 2 * 40 + 128 + 2 * 128),
-        (Case("rms_norm", "backward", 10, 64, "fp32"), 3 * 2560 + 40 + 256 + 256),
-        (Case("normalize", "forward", 10, 64, "fp64"), 2 * 5120 + 80),
+        (Case("layer_norm", "backward", (10, 64), "bf16"), 3 * 1280 + 2 * 40 + 128 + 2 * 128),
+        (Case("rms_norm", "backward", (10, 64), "fp32"), 3 * 2560 + 40 + 256 + 256),
+        (Case("normalize", "forward", (10, 64), "fp64"), 2 * 5120 + 80),
+        # of 3 images of 8 channels of 4 x 5; mean and rstd of 3 x 2 groups
+        (
+            Case("group_norm", "forward", (3, 8, 4, 5), "bf16", "channels_last", groups=2),
+            2 * 960 + 2 * 24 + 2 * 16,
+        ),
+        (
+            Case("group_norm", "backward", (3, 8, 4, 5), "fp32", groups=2),
+            3 * 1920 + 2 * 24 + 32 + 2 * 32,
+        ),
+        # of 3 x 8 channels; weight and bias in float32
+        (Case("instance_norm", "forward", (3, 8, 4, 5), "bf16"), 2 * 960 + 2 * 96 + 2 * 32),
+        # of 8 channels; running mean and variance are read and written
+        (Case("batch_norm", "forward", (3, 8, 4, 5), "bf16"), 2 * 960 + 2 * 32 + 4 * 32 + 2 * 32),
+        (Case("batch_norm", "backward", (3, 8, 4, 5), "fp64"), 3 * 3840 + 2 * 64 + 64 + 2 * 64),
+        # the same are read, and nothing saved
+        (Case("batch_norm_eval", "forward", (3, 8, 4, 5), "bf16"), 2 * 960 + 2 * 32 + 2 * 32),
+        (Case("batch_norm_eval", "backward", (3, 8), "bf16"), 3 * 48 + 2 * 32 + 32 + 2 * 32),
     ],
 )
 def test_floor_bytes(case, by_hand):
@@ -85,7 +201,7 @@ def test_floor_bytes(case, by_hand):
 
 
 def test_a_copy_moves_the_floor():
-    case = Case("rms_norm", "forward", 5, 7, "bf16")
+    case = Case("rms_norm", "forward", (5, 7), "bf16")
     copied = providers.make_copy(case, "cpu")()
     assert floor_bytes(case) <= 2 * copied.nbytes <= floor_bytes(case) + 1
 
@@ -93,26 +209,116 @@ def test_a_copy_moves_the_floor():
 # What is compared
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("operator", "direction"), NORMS)
-def test_pytorch_is_within_the_tolerance(operator, direction, dtype, monkeypatch):
+@by_label([case for dtype in ("bf16", "fp16", "fp32") for case in small_cases(dtype)])
+def test_pytorch_is_within_the_tolerance(case, monkeypatch):
     monkeypatch.setattr(providers, "REFERENCE_ELEMENTS", 256)  # in chunks, the last one smaller
-    case = Case(operator, direction, 33, 64, dtype)
     inputs = providers.make_inputs(case, "cpu")
     outputs = providers.make_call(providers.LOADERS["torch"](), case, inputs)()
-    shapes = [inputs.x.shape, *(p.shape for p in inputs.parameters)]
-    assert [t.shape for t in outputs] == (shapes if direction == "backward" else shapes[:1])
-    assert 0 < providers.max_error(case, inputs, outputs) < bench.TOLERANCES[dtype] / 2
+    others = inputs.parameters
+    if case.direction == "forward":
+        others = inputs.running if case.operator == "batch_norm" else ()
+    assert [t.shape for t in outputs] == [inputs.x.shape, *(t.shape for t in others)]
+    assert 0 < providers.max_error(case, inputs, outputs) < bench.TOLERANCES[case.dtype] / 2
 
 
-@pytest.mark.parametrize("output", [0, 1, 2])
+@by_label(small_cases("fp32"))
 @pytest.mark.parametrize("spoil", [1.1, float("nan")])
-def test_one_wrong_element_of_any_gradient_is_seen(output, spoil):
-    case = Case("layer_norm", "backward", 8, 16, "fp32")
+def test_one_wrong_element_of_any_output_is_seen(case, spoil, monkeypatch):
+    monkeypatch.setattr(providers, "REFERENCE_ELEMENTS", 256)
     inputs = providers.make_inputs(case, "cpu")
-    gradients = [g.clone() for g in providers.make_call(providers.LOADERS["torch"](), case, inputs)()]
-    gradients[output].view(-1)[gradients[output].abs().argmax()] *= spoil
-    assert not providers.max_error(case, inputs, gradients) <= 0.09
+    right = providers.make_call(providers.LOADERS["torch"](), case, inputs)()
+    for i in range(len(right)):
+        outputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in right]
+        outputs[i].view(-1)[outputs[i].abs().argmax()] *= spoil
+        assert not providers.max_error(case, inputs, outputs) <= 0.09
+
+
+@by_label(small_cases("bf16"))
+def test_inputs_are_in_the_layout_of_the_case(case):
+    inputs = providers.make_inputs(case, "cpu")
+    for t in (inputs.x, inputs.dy):
+        assert (t.shape, t.dtype) == (case.shape, torch.bfloat16)
+        adjacent = t.movedim(1, -1) if case.layout == "channels_last" else t
+        assert adjacent.is_contiguous()
+        if case.layout == "channels_last" and t.dim() > 3:
+            three = t.dim() == 5
+            format_of_torch = torch.channels_last_3d if three else torch.channels_last
+            assert t.is_contiguous(memory_format=format_of_torch)
+    assert inputs.x.is_leaf
+    assert not inputs.dy.requires_grad
+    wide = case.operator in (*BATCH_OPERATORS, "instance_norm")
+    for t in (*inputs.parameters, *inputs.running):
+        assert (t.shape, t.dtype) == (case.shape[1:2], torch.float32 if wide else torch.bfloat16)
+    assert len(inputs.running) == (2 if case.operator in BATCH_OPERATORS else 0)
+
+
+@pytest.mark.parametrize("operator", CHANNEL_OPERATORS)
+@pytest.mark.parametrize("direction", PASSES)
+def test_a_provider_that_is_wrong_in_one_layout_is_seen(operator, direction, tmp_path):
+    """It takes the memory of channels_last tensors for that of contiguous ones."""
+
+    def confused(x, *others):
+        images, channels, *spatial = x.shape
+        if not x.is_contiguous():
+            x = x.movedim(1, -1).reshape(images, channels, *spatial)
+        return TORCH[operator](x, *others)
+
+    provider = Provider("confused", "1", {operator: confused})
+    image = ShapeSet("image", ((2, 64, 3, 5),), CHANNEL_OPERATORS)
+    cases = bench.make_cases([operator], [direction], ["fp32"], [image])
+    rows = measured(tmp_path / "bench.csv", [provider], cases)
+    status = {row["layout"]: row["status"] for row in rows if row["provider"] == "confused"}
+    assert status == {"contiguous": "ok", "channels_last": "wrong"}
+
+
+@pytest.mark.parametrize("wrong", ["batch", "kept", "biased", "running"])
+def test_wrong_running_statistics_are_seen(wrong, tmp_path):
+    """Evaluation with the batch's statistics; training that does not move the running ones, moves them
+    by the biased variance, or normalizes with them."""
+
+    def batch_norm(x, weight, bias, running_mean, running_var):
+        if wrong == "batch":
+            running_mean = running_var = None
+        elif wrong == "kept":
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        y = torch.nn.functional.batch_norm(
+            x, running_mean, running_var, weight, bias, wrong != "running", eps=1e-5
+        )
+        if wrong == "biased":
+            running_var -= 0.1 * (x.detach().var((0, 2)) - x.detach().var((0, 2), unbiased=False))
+        return y
+
+    operator = "batch_norm_eval" if wrong == "batch" else "batch_norm"
+    case = Case(operator, "forward", (3, 8, 5), "fp32")
+    rows = measured(tmp_path / "bench.csv", [Provider("peer", "1", {operator: batch_norm})], [case])
+    assert rows[1]["status"] == "wrong"
+
+
+def test_every_provider_begins_with_the_same_running_statistics():
+    case = Case("batch_norm", "forward", (3, 8, 5), "fp32")
+    inputs = providers.make_inputs(case, "cpu")
+    before = [t.clone() for t in inputs.running]
+    call = providers.make_call(providers.LOADERS["torch"](), case, inputs)
+    call()
+    call()
+    assert all(torch.equal(t, b) for t, b in zip(inputs.running, before, strict=True))
+
+
+def test_a_provider_of_contiguous_inputs_has_no_row_of_others(tmp_path):
+    provider = Provider("peer", "1", {"group_norm": TORCH["group_norm"]}, contiguous_only={"group_norm"})
+    cases = bench.make_cases(["group_norm"], ["forward"], ["fp32"], parse_shapes(["2x8x3:4"]))
+    rows = measured(tmp_path / "bench.csv", [provider], cases)
+    assert [(row["layout"], row["provider"]) for row in rows] == [
+        *(("contiguous", "copy"), ("contiguous", "peer"), ("channels_last", "copy"))
+    ]
+
+
+def test_pytorchs_version_names_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert providers.LOADERS["torch"]().version == f"{torch.__version__}, cuDNN 9.10"
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert providers.LOADERS["torch"]().version == torch.__version__
 
 
 def test_float32_parameters_are_made_before_the_call():
@@ -123,7 +329,7 @@ def test_float32_parameters_are_made_before_the_call():
         return TORCH["layer_norm"](x.float(), weight, bias).to(x.dtype)
 
     provider = Provider("wide", "1", {"layer_norm": layer_norm}, float32_parameters={"layer_norm"})
-    case = Case("layer_norm", "backward", 8, 16, "bf16")
+    case = Case("layer_norm", "backward", (8, 16), "bf16")
     gradients = providers.make_call(provider, case, providers.make_inputs(case, "cpu"))()
     assert seen == [(torch.bfloat16, torch.float32, torch.float32)]
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
@@ -150,13 +356,13 @@ def test_bench_writes_a_row_for_right_wrong_and_failing_providers(tmp_path):
         Provider("failing", "3", {"rms_norm": raising}),
         Provider("another", "4", {"layer_norm": raising}),
     ]
-    case = Case("rms_norm", "backward", 8, 16, "fp32")
+    case = Case("rms_norm", "backward", (8, 16), "fp32")
     rows = measured(tmp_path / "sub" / "bench.csv", table, [case])
     assert [row["provider"] for row in rows] == ["copy", "tritonnorm", "wrong", "failing"]
     copy, ours, wrong, failing = rows
     assert tuple(ours) == FIELDS
     assert ours["status"] == copy["status"] == "ok"
-    assert (ours["m"], ours["n"]) == ("8", "16")
+    assert (ours["shape"], ours["layout"], ours["groups"]) == ("8x16", "contiguous", "")
     assert float(ours["max_error"]) < 1e-5
     assert (ours["median_us"], ours["p20_us"], ours["p80_us"]) == ("40.000", "39.000", "41.000")
     assert float(ours["gbps"]) == pytest.approx(floor_bytes(case) / 40e-6 / 1e9, abs=0.05)
@@ -176,16 +382,29 @@ def test_bench_keeps_its_rows_when_interrupted_and_resumes(tmp_path):
         raise KeyboardInterrupt
 
     path = tmp_path / "bench.csv"
-    cases = bench.make_cases(["normalize"], ["forward"], ["fp32"], [(4, 8), (4, 16)])
+    cases = bench.make_cases(["normalize"], ["forward"], ["fp32"], parse_shapes(["4x8", "4x16"]))
     ours = Provider("tritonnorm", "0.1.0", {"normalize": TORCH["normalize"]})
     with pytest.raises(KeyboardInterrupt):
         measured(path, [ours, Provider("peer", "1", {"normalize": interrupted})], cases)
     assert [row["provider"] for row in read(path)] == ["copy", "tritonnorm"]
 
     rows = measured(path, [ours, Provider("peer", "1", {"normalize": raising})], cases, resume=True)
-    assert [(row["n"], row["provider"]) for row in rows] == [
-        (n, provider) for n in ("8", "16") for provider in ("copy", "tritonnorm", "peer")
+    assert [(row["shape"], row["provider"]) for row in rows] == [
+        (shape, provider) for shape in ("4x8", "4x16") for provider in ("copy", "tritonnorm", "peer")
     ]
+
+
+@by_label(small_cases("bf16"))
+def test_a_case_is_found_in_its_row(case, tmp_path):
+    path = tmp_path / "bench.csv"
+    Table(path, RUN, resume=False).add(**case_fields(case), provider="torch", status="ok")
+    (row,) = read(path)
+    assert read_case(row) == case
+    assert row["groups"] == str(case.groups or "")
+    table = Table(path, RUN, resume=True)
+    assert table.find(case, "torch") == row
+    others = [other for other in small_cases("bf16") if other != case]
+    assert not any(table.find(other, "torch") for other in others)
 
 
 def test_bench_resumes_no_other_csv(tmp_path):
@@ -196,7 +415,7 @@ def test_bench_resumes_no_other_csv(tmp_path):
 
 
 def test_bench_starts_no_case_when_the_time_is_over(tmp_path, capsys):
-    case = Case("normalize", "forward", 4, 8, "fp32")
+    case = Case("normalize", "forward", (4, 8), "fp32")
     assert measured(tmp_path / "bench.csv", [], [case], seconds=-1) == []
     assert "left out" in capsys.readouterr().err
 
@@ -209,20 +428,26 @@ def test_progress_is_a_few_lines_without_a_terminal(capsys):
 
 
 def test_summary_names_faster_peers_and_failures():
-    def row(provider, median_us, status="ok", n="64"):
-        case = dict(operator="rms_norm", direction="forward", m="8", n=n, dtype="bf16")
-        return {**case, "provider": provider, "median_us": median_us, "status": status}
+    image = Case("group_norm", "forward", (8, 64, 4, 4), "bf16", "channels_last", 32)
+
+    def row(provider, median_us, status="ok", n=64, case=None):
+        case = case or Case("rms_norm", "forward", (8, n), "bf16")
+        return {**case_fields(case), "provider": provider, "median_us": median_us, "status": status}
 
     rows = [
         *(row("copy", "9"), row("tritonnorm", "10"), row("quack", "9.5"), row("torch", "9.9")),
         *(row("liger", "1", "wrong"), row("fla", "", "error")),
-        *(row("copy", "10", n="128"), row("tritonnorm", "10", n="128")),
+        *(row("copy", "10", n=128), row("tritonnorm", "10", n=128)),
+        *(row("copy", "5", case=image), row("tritonnorm", "10", case=image)),
+        row("torch", "8", case=image),
         {"provider": "absent", "status": "absent"},
     ]
     assert summary(rows).splitlines() == [
         "rms_norm forward bf16: 90% to 100% of a copy's bandwidth, median 95%, 2 shapes",
+        "group_norm forward channels_last bf16: 50% to 50% of a copy's bandwidth, median 50%, 1 shapes",
         "a peer is faster by more than 2% in:",
         "  rms_norm forward 8x64 bf16: quack takes 95% of our time",
+        "  group_norm forward 8x64x4x4:32 channels_last bf16: torch takes 80% of our time",
         "liger: 1 rows wrong",
         "fla: 1 rows error",
     ]
@@ -256,7 +481,7 @@ def test_an_error_that_loses_the_device_is_in_its_row(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "_check_device", lost)
     peers = [Provider(name, "1", {"normalize": raising}) for name in ("first", "second")]
-    cases = [Case("normalize", "forward", 4, 8, "fp32")]
+    cases = [Case("normalize", "forward", (4, 8), "fp32")]
     path = tmp_path / "bench.csv"
     for names in (["copy", "first"], ["copy", "first", "second"]):
         with pytest.raises(bench.DeviceLost):
@@ -289,7 +514,7 @@ def test_the_interpreter_is_not_timed(command, monkeypatch, capsys, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 def test_the_timer_on_a_device():
-    case = Case("rms_norm", "forward", 8192, 4096, "bf16")
+    case = Case("rms_norm", "forward", (8192, 4096), "bf16")
     timing = DeviceTimer()(providers.make_copy(case, "cuda"))
     assert 0 < timing.p20_us <= timing.median_us <= timing.p80_us
     assert timing.host_us > 0
@@ -318,7 +543,7 @@ def test_gpu_benchmarks_and_plots_even_if_tests_fail(
     parser = ArgumentParser()
     bench.add_arguments(parser)
     parsed = parser.parse_args(steps[2][3:])
-    assert (parsed.shapes, parsed.dtypes) == (["quick"], ["bf16"])
+    assert (parsed.shapes, parsed.dtypes) == (["quick", "quick_channels"], ["bf16"])
     assert (machine.ROOT / parsed.out).resolve() == tmp_path / "bench.csv"
 
 
@@ -338,18 +563,27 @@ def test_a_devices_folder_has_a_plain_name():
 
 
 def bench_rows(device="NVIDIA H200"):
-    """Two operators forward and one backward in bfloat16; figures that no device measured."""
+    """Of each family two operators forward and one backward in bfloat16; figures that no device
+    measured."""
     facts = dict.fromkeys(FIELDS, "1") | {"device": device, "date": "2000-01-01T00:00:00+00:00"}
-    panels = [("layer_norm", "forward"), ("layer_norm", "backward"), ("rms_norm", "forward")]
     speeds = {"copy": 4000, "tritonnorm": 3900, "torch": 2000}
-    rows = [facts | dict(provider="fla", gbps="", m="", n="", dtype="", status="absent")]
-    for operator, direction in panels:
-        for m, n in ((32768, 1024), (65536, 1024), (32768, 8192), (16, 4096)):
-            for provider, speed in speeds.items():
-                case = dict(operator=operator, direction=direction, m=m, n=n, dtype="bf16")
-                status = "wrong" if (provider, n) == ("torch", 8192) else "ok"
-                figure = dict(provider=provider, gbps=speed * m / (m + 1000), status=status)
-                rows.append(facts | case | figure)
+    rows = [facts | dict.fromkeys((*CASE_FIELDS, "gbps"), "") | dict(provider="fla", status="absent")]
+    row_shapes = parse_shapes(["32768x1024", "65536x1024", "32768x8192", "16x4096"])
+    image_shapes = parse_shapes(["64x64x112x112", "128x64x112x112", "512x512x28x28", "1x64x8x8"])
+    cases = [
+        *bench.make_cases(["layer_norm"], PASSES, ["bf16"], row_shapes),
+        *bench.make_cases(["rms_norm"], ["forward"], ["bf16"], row_shapes),
+        *bench.make_cases(["group_norm"], PASSES, ["bf16"], image_shapes),
+        *bench.make_cases(["batch_norm"], ["forward"], ["bf16"], image_shapes),
+    ]
+    for case in cases:
+        m = case.shape[0]
+        for provider, speed in speeds.items():
+            if case.layout == "channels_last":
+                speed /= 2
+            status = "wrong" if (provider, case.set_size) == ("torch", 8192) else "ok"
+            figure = dict(provider=provider, gbps=speed * m / (m + 1000), status=status)
+            rows.append(facts | case_fields(case) | figure)
     return rows
 
 
@@ -366,17 +600,26 @@ def test_roofline_draws_png_and_svg(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "bench.csv", bench_rows())
     assert main(monkeypatch, "roofline", path, "--out", tmp_path / "plots") == 0
     names = {file.name for file in (tmp_path / "plots").iterdir()}
-    assert names == {"roofline-bf16.png", "roofline-bf16.svg"}
+    assert names == {
+        f"roofline{family}-bf16.{kind}" for family in ("", "-channels") for kind in ("png", "svg")
+    }
     assert {line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()} == names
 
 
 @pytest.mark.parametrize(("device", "roofs"), [("NVIDIA H200", 2), ("NVIDIA Unknown", 1)])
-def test_roofline_has_a_panel_an_operator_and_direction(tmp_path, device, roofs):
+@pytest.mark.parametrize(
+    ("family", "panels"),
+    [
+        ("rows", ["LayerNorm, forward", "RMSNorm, forward", "LayerNorm, backward"]),
+        ("channels", ["BatchNorm, forward", "GroupNorm, forward", "GroupNorm, backward"]),
+    ],
+)
+def test_roofline_has_a_panel_an_operator_and_direction(tmp_path, device, roofs, family, panels):
     pytest.importorskip("matplotlib")
     rows = roofline.read(write(tmp_path / "bench.csv", bench_rows(device)))
-    figure = roofline.draw(rows, "bf16")
+    figure = roofline.draw(rows, family, "bf16")
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
-    assert titles == ["LayerNorm, forward", "RMSNorm, forward", "LayerNorm, backward"]
+    assert titles == panels
     panel = figure.axes[0]
     horizontal = [line for line in panel.lines if len(set(line.get_ydata())) == 1]
     assert len(horizontal) == roofs
@@ -386,9 +629,32 @@ def test_roofline_has_a_panel_an_operator_and_direction(tmp_path, device, roofs)
 def test_roofline_takes_the_largest_tensor_of_a_length(tmp_path):
     rows = roofline.read(write(tmp_path / "bench.csv", bench_rows()))
     found = roofline.lines(rows, "layer_norm", "forward")
-    assert list(found) == ["tritonnorm", "torch", "copy"]
-    assert [(n, status) for n, _, status in found["torch"]] == [(1024, "ok"), (8192, "wrong")]
-    assert found["copy"][0][1] == pytest.approx(4 * 65536 / 66536)
+    assert list(found) == [(name, "contiguous") for name in ("tritonnorm", "torch", "copy")]
+    torch_points = found["torch", "contiguous"]
+    assert [(n, status) for n, _, status in torch_points] == [(1024, "ok"), (8192, "wrong")]
+    assert found["copy", "contiguous"][0][1] == pytest.approx(4 * 65536 / 66536)
+
+
+def test_roofline_has_a_line_a_provider_and_layout(tmp_path):
+    """And one of copies, which have no layout. 64 x 112 x 112 makes groups of 25,088 elements."""
+    rows = roofline.read(write(tmp_path / "bench.csv", bench_rows()))
+    found = roofline.lines(rows, "group_norm", "forward")
+    ours = [("tritonnorm", "contiguous"), ("tritonnorm", "channels_last")]
+    theirs = [("torch", "contiguous"), ("torch", "channels_last")]
+    assert list(found) == [*ours, *theirs, ("copy", "contiguous")]
+    for (provider, layout), speed in zip(ours, (3.9, 1.95), strict=True):
+        assert found[provider, layout] == [
+            (512 // 32 * 28 * 28, pytest.approx(speed * 512 / 1512), "ok"),
+            (64 // 32 * 112 * 112, pytest.approx(speed * 128 / 1128), "ok"),
+        ]
+
+
+def test_roofline_draws_channels_last_dashed(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = roofline.read(write(tmp_path / "bench.csv", bench_rows()))
+    panel = roofline.draw(rows, "channels", "bf16").axes[0]
+    ours = [line.get_linestyle() for line in panel.lines if line.get_label() == "tritonnorm"]
+    assert ours == ["-", "--"]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +665,8 @@ def test_roofline_takes_the_largest_tensor_of_a_length(tmp_path):
             "no column gbps, date",
         ),
         (lambda row: row | {"gbps": ""}, "no figure"),
-        (lambda row: row | {"m": "1", "n": "1", "dtype": "bf16"}, "no figure of a tensor of 64 MiB"),
+        (lambda row: row | case_fields(TINY), "no figure of a tensor of 64 MiB"),
+        (lambda row: row | case_fields(TINY) | {"layout": "sideways"}, "no layout 'sideways'"),
         (lambda row: row | {"device": row["provider"]}, "several devices: copy, torch, tritonnorm"),
     ],
 )
@@ -412,28 +679,54 @@ def test_roofline_refuses_a_csv_it_cannot_draw(change, message, tmp_path, monkey
 
 def test_every_provider_and_dtype_has_a_style():
     assert set(roofline.STYLES) == {*providers.LOADERS, "copy"}
-    assert set(roofline.TITLES) == set(OPERATORS)
+    assert set(roofline.TITLES) == set(providers.EPS) == set(TORCH) == set(OPERATORS)
     assert set(bench.TOLERANCES) == set(DTYPES)
+    assert set(roofline.FAMILIES) == {operator.family for operator in OPERATORS.values()}
+    assert set(roofline.LAYOUT_STYLES) == set(shapes.LAYOUTS)
 
 
 @pytest.mark.parametrize("without", ["mean", "c1", "c2"])
-@pytest.mark.parametrize("n", [256, 65536])
-def test_a_missing_reduction_is_wrong(without, n):
-    """Also for long rows in bfloat16, where centered inputs would hide it."""
+@pytest.mark.parametrize(
+    ("operator", "shape", "groups"),
+    [
+        ("layer_norm", (8, 256), None),
+        ("layer_norm", (8, 65536), None),
+        ("group_norm", (2, 64, 32, 32), 4),
+        ("instance_norm", (2, 16, 128, 128), None),
+        ("batch_norm", (8, 16, 64, 64), None),
+    ],
+)
+def test_a_missing_reduction_is_wrong(without, operator, shape, groups):
+    """Also for large sets in bfloat16, where centered inputs would hide it."""
     direction = "forward" if without == "mean" else "backward"
-    case = Case("layer_norm", direction, 8, n, "bf16")
+    case = Case(operator, direction, shape, "bf16", groups=groups)
     inputs = providers.make_inputs(case, "cpu")
-    x, weight, bias, dy = (t.detach().double() for t in (inputs.x, *inputs.parameters, inputs.dy))
-    deviation = x - x.mean(1, keepdim=True)
-    rstd = torch.rsqrt(deviation.square().mean(1, keepdim=True) + providers.EPS["layer_norm"])
+    sets = groups or (1 if operator == "layer_norm" else case.channels)  # of an image, or row
+    over = (0, 2, 3) if operator == "batch_norm" else (2, 3)
+
+    def view(t):
+        """`[images, groups, channels of a group, elements of a channel]` in float64."""
+        images = shape[0] if t.shape == shape else 1
+        return t.detach().double().reshape(images, sets, case.channels // sets, -1)
+
+    x, weight, bias, dy = map(view, (inputs.x, *inputs.parameters, inputs.dy))
+    deviation = x - x.mean(over, keepdim=True)
+    variance = deviation.square().mean(over, keepdim=True)
+    rstd = torch.rsqrt(variance + providers.EPS[operator])
     x_hat, wdy = deviation * rstd, weight * dy
-    c1, c2 = (wdy * x_hat).mean(1, keepdim=True), wdy.mean(1, keepdim=True)
+    c1, c2 = (wdy * x_hat).mean(over, keepdim=True), wdy.mean(over, keepdim=True)
+    running = []
+    if operator == "batch_norm":
+        batch = x.mean(over).flatten(), x.transpose(0, 1).flatten(1).var(1)
+        running = [0.9 * r + 0.1 * b for r, b in zip(inputs.running, batch, strict=True)]
 
     def outputs(mean=1, c1_factor=1, c2_factor=1):
         if direction == "forward":
-            return (((x if mean == 0 else deviation) * rstd * weight + bias).bfloat16(),)
+            y = (x if mean == 0 else deviation) * rstd * weight + bias
+            return y.reshape(shape).bfloat16(), *running
         dx = (wdy - c1_factor * x_hat * c1 - c2_factor * c2) * rstd
-        return dx.bfloat16(), (dy * x_hat).sum(0).bfloat16(), dy.sum(0).bfloat16()
+        gradients = ((dy * x_hat).sum((0, 3)).flatten(), dy.sum((0, 3)).flatten())
+        return dx.reshape(shape).bfloat16(), *(g.to(case.parameter_dtype) for g in gradients)
 
     names = {"mean": "mean", "c1": "c1_factor", "c2": "c2_factor"}
     limit = bench.TOLERANCES["bf16"]

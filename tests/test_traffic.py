@@ -4,7 +4,7 @@ import pytest
 from conftest import INTERPRETED
 
 from perf import traffic
-from perf.shapes import OPERATORS, Case
+from perf.shapes import ROW_OPERATORS, Case
 from tritonnorm import heuristics
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU no bytes are counted")
@@ -14,11 +14,11 @@ ONE_READ = {"forward": heuristics.FORWARD_RESIDENT, "backward": heuristics.BACKW
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
 def test_floor(operator, direction, dtype):
     """2T and 3T within 0.5% wherever a row is resident; for longer rows exactly what is listed."""
     for n in (64, 1000, 4096, 8192, 16384, 20000):
-        case = Case(operator, direction, traffic.ROWS, n, dtype)
+        case = Case(operator, direction, (traffic.ROWS, n), dtype)
         moved = traffic.measure(case)
         if n <= ONE_READ[direction][case.itemsize]:
             assert abs(moved.excess) <= traffic.TOLERANCE, case
@@ -33,7 +33,7 @@ def test_floor(operator, direction, dtype):
 
 def test_a_kernel_that_reads_twice_is_noticed(monkeypatch):
     monkeypatch.setitem(heuristics.FORWARD_RESIDENT, 2, 512)
-    moved = traffic.measure(Case("rms_norm", "forward", 4, 8192, "bf16"))
+    moved = traffic.measure(Case("rms_norm", "forward", (4, 8192), "bf16"))
     assert moved.excess > 0.4
     assert moved.reread == "x 2.00 times"
 

@@ -3,6 +3,31 @@
 from . import functional
 from ._version import __version__
 from .convert import convert
-from .modules import LayerNorm, RMSNorm
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    LayerNorm2d,
+    RMSNorm,
+)
 
-__all__ = ["LayerNorm", "RMSNorm", "__version__", "convert", "functional"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LayerNorm2d",
+    "RMSNorm",
+    "__version__",
+    "convert",
+    "functional",
+]

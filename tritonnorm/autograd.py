@@ -1,4 +1,7 @@
-"""The kernels as differentiable operators: one autograd function for rows."""
+"""The kernels as differentiable operators: one autograd function for rows, one for channels."""
+
+from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +29,8 @@ def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
     return x_hat.to(dtype)
 
 
-def formula_gradients(dy, inputs, needed, options):
-    """The gradients of `row_formula`, which autograd can differentiate again, or batch.
+def formula_gradients(formula, dy, inputs, needed, options):
+    """The gradients of `formula(*inputs, *options)`, which autograd can differentiate again, or batch.
 
     They are taken with respect to aliases: an input that was computed from another one (a weight
     from x, say) would otherwise contribute to that one's gradient, and hooks would run twice.
@@ -35,10 +38,15 @@ def formula_gradients(dy, inputs, needed, options):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [t if t is None else t.view_as(t) for t in inputs]
-        y = row_formula(*aliases, *options)
+        y = formula(*aliases, *options)
         wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
     return [next(found) if need else None for need in needed]
+
+
+def _takes_kernel(dy) -> bool:
+    """Whether a kernel can take this gradient: no second derivative is wanted, and it is plain."""
+    return not torch.is_grad_enabled() and _is_plain(dy)
 
 
 def _is_plain(dy) -> bool:
@@ -75,9 +83,9 @@ class RowNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, mean, spread = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not _is_plain(dy):  # create_graph=True, or is_grads_batched
+        if not _takes_kernel(dy):
             needed = (needs_dx, needs_dweight, needs_dbias)
-            gradients = formula_gradients(dy, (x, weight, bias), needed, ctx.options)
+            gradients = formula_gradients(row_formula, dy, (x, weight, bias), needed, ctx.options)
         else:
             normalized_dims, eps, norm, _ = ctx.options
             dx, dweight, dbias = launch.row_backward(
@@ -102,13 +110,19 @@ class RowNorm(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
+def _needs_graph(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _contiguous(*tensors):
+    return (t if t is None else t.contiguous() for t in tensors)
+
+
 def normalize_rows(x, weight, bias, normalized_dims, eps, norm, dtype, memory_format):
     """Normalizes x over its last `normalized_dims` dimensions, with statistics for the backward
     pass where one can come."""
-    weight = weight if weight is None else weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    tensors = (t for t in (x, weight, bias) if t is not None)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    weight, bias = _contiguous(weight, bias)
+    if _needs_graph(x, weight, bias):
         return RowNorm.apply(x, weight, bias, normalized_dims, eps, norm, dtype, memory_format)
     y, _, _ = launch.row_forward(
         x,
@@ -120,5 +134,88 @@ def normalize_rows(x, weight, bias, normalized_dims, eps, norm, dtype, memory_fo
         dtype=dtype,
         memory_format=memory_format,
         save_statistics=False,
+    )
+    return y
+
+
+class Running(NamedTuple):
+    """Running statistics `[C]`, or None, and what they move by: a number, or a float64 tensor of one."""
+
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    momentum: float | torch.Tensor
+
+
+def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):
+    """The normalization of channels in plain PyTorch, as `row_formula`."""
+    n, c = x.shape[:2]
+    grouped = (n, groups, c // groups, prod(x.shape[2:]))
+    x_hat = x.to(compute_dtype(x)).reshape(grouped)
+    if over == "given":
+        mean, variance = (t.to(x_hat.dtype).view(c, 1, 1) for t in given)
+        x_hat = x_hat - mean
+    else:
+        dims = (0, 2, 3) if over == "batch" else (2, 3)
+        x_hat = x_hat - x_hat.mean(dims, keepdim=True)
+        variance = x_hat.square().mean(dims, keepdim=True)
+    y = (x_hat * torch.rsqrt(variance + eps)).reshape(n, c, -1)
+    if weight is not None:
+        y = y * weight[:, None]
+    if bias is not None:
+        y = y + bias[:, None]
+    return y.to(dtype).reshape(x.shape)
+
+
+class ChannelNorm(torch.autograd.Function):
+    """BatchNorm, GroupNorm and InstanceNorm of `[N, C, *spatial]`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, over, eps, dtype, running, given):
+        if over == "given":
+            # Copies: a training step in between may move them before the backward pass comes.
+            statistics = [t.clone() for t in given]
+            y = launch.channel_apply(x, weight, bias, *given, eps, dtype=dtype)
+        else:
+            y, *statistics = launch.channel_forward(
+                x, weight, bias, groups, over, eps, dtype=dtype, running=running, save_statistics=True
+            )
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        ctx.options = groups, over, eps, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, *statistics = ctx.saved_tensors
+        groups, over, eps, _ = ctx.options
+        needed = ctx.needs_input_grad[:3]
+        if not _takes_kernel(dy):
+            options = (*ctx.options, statistics)
+            gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)
+        else:
+            outputs = dict(
+                needs_dx=needed[0],
+                dweight_dtype=weight.dtype if needed[1] else None,
+                dbias_dtype=bias.dtype if needed[2] else None,
+            )
+            dy = dy.resolve_neg()
+            if over == "given":
+                gradients = launch.channel_apply_backward(dy, x, weight, *statistics, eps, **outputs)
+            else:
+                gradients = launch.channel_backward(dy, x, weight, *statistics, groups, over, **outputs)
+        return (*gradients, None, None, None, None, None, None)
+
+
+def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, given=None):
+    """Normalizes x `[N, C, *spatial]` with the statistics of the "batch", of each image's "group"s of
+    channels, or with a mean and variance `[C]` that are "given". `running` is updated in place."""
+    weight, bias = _contiguous(weight, bias)
+    if over == "given":
+        given = tuple(_contiguous(*given))
+    if _needs_graph(x, weight, bias):
+        return ChannelNorm.apply(x, weight, bias, groups, over, eps, dtype, running, given)
+    if over == "given":
+        return launch.channel_apply(x, weight, bias, *given, eps, dtype=dtype)
+    y, _, _ = launch.channel_forward(
+        x, weight, bias, groups, over, eps, dtype=dtype, running=running, save_statistics=False
     )
     return y

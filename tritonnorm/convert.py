@@ -9,17 +9,19 @@ from . import modules
 REPLACEMENTS = {
     torch.nn.LayerNorm: modules.LayerNorm,
     torch.nn.RMSNorm: modules.RMSNorm,
+    torch.nn.GroupNorm: modules.GroupNorm,
+    torch.nn.BatchNorm1d: modules.BatchNorm1d,
+    torch.nn.BatchNorm2d: modules.BatchNorm2d,
+    torch.nn.BatchNorm3d: modules.BatchNorm3d,
+    torch.nn.InstanceNorm1d: modules.InstanceNorm1d,
+    torch.nn.InstanceNorm2d: modules.InstanceNorm2d,
+    torch.nn.InstanceNorm3d: modules.InstanceNorm3d,
 }
 """Class to class. The class must be exactly this one: a subclass may compute something else."""
 
-NORMALIZATIONS = (
-    torch.nn.LayerNorm,
-    torch.nn.RMSNorm,
-    torch.nn.GroupNorm,
-    torch.nn.modules.batchnorm._NormBase,
-    torch.nn.LocalResponseNorm,
-)
-"""What a report names as left when it was not replaced; beside these, classes named *Norm*."""
+NORMALIZATIONS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LocalResponseNorm)
+"""What a report names as left, SyncBatchNorm for one; beside these, subclasses of what is replaced and
+classes named *Norm*."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Report:
 def _reason(module) -> str | None:
     """Why a module that looks like a normalization is left; None for every other module."""
     cls = type(module)
-    if cls in REPLACEMENTS.values():
+    if cls.__module__ == modules.__name__:
         return "already of tritonnorm"
     if cls in REPLACEMENTS:
         return "its forward was replaced on the instance, which a new class would not change"
@@ -56,6 +58,8 @@ def _reason(module) -> str | None:
         if isinstance(module, base):
             return f"a subclass of torch.nn.{base.__name__}, which may compute something else"
     if isinstance(module, NORMALIZATIONS):
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+            return "lazy: it can be replaced once it has seen an input"
         return "not among the classes that tritonnorm replaces"
     if "norm" in cls.__name__.lower() and not any(module.children()):
         return "not a class that tritonnorm knows"
@@ -63,10 +67,11 @@ def _reason(module) -> str | None:
 
 
 def convert(model: torch.nn.Module) -> Report:
-    """Replaces torch.nn's LayerNorm and RMSNorm in `model` by tritonnorm's, in place.
+    """Replaces torch.nn's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d/2d/3d and InstanceNorm1d/2d/3d in
+    `model` by tritonnorm's, in place.
 
-    A module keeps its identity, parameters, hooks and state_dict: only its class changes. So every
-    reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
+    A module keeps its identity, parameters, buffers, hooks and state_dict: only its class changes. So
+    every reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
 
     Args:
         model: any module.

@@ -5,73 +5,51 @@ tensors take PyTorch's own operator: other devices, other dtypes than float16, b
 float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.compile,
 torch.jit.trace, torch.fx, torch.func or forward-mode AD.
 
-All of them compute in float32 (float64 for float64 input) and round once. The input, the weight and
-the bias may have dtypes of their own; the result has the input's, or float32 under CUDA autocast, as
-with PyTorch. They are differentiable in every tensor argument, twice as well: the second derivative
-is that of a plain PyTorch formula, which is right but not fused.
+All of them compute in float32 (float64 for float64 input) and round once. The input, the parameters
+and the running statistics may have dtypes of their own; the result has the input's. Under CUDA autocast
+it is float32, as with PyTorch, but for batch_norm and instance_norm. They are differentiable in input,
+weight and bias, twice as well: the second derivative is that of a plain PyTorch formula, which is right
+but not fused.
 """
 
-import os
+import operator
 from math import prod
 
 import torch
 import torch.nn.functional as F
 
-from .dtypes import HALF, SUPPORTED, compute_dtype
+from .dispatch import (
+    LARGEST_SET,
+    Running,
+    check_bool,
+    check_channels,
+    check_momentum,
+    check_number,
+    check_parameters,
+    check_running,
+    is_plain,
+    normalize_channels,
+    normalize_rows,
+    result_dtype,
+    takes_kernel,
+    with_torch,
+    with_torch_running,
+)
+from .dtypes import compute_dtype
 
-try:
-    from .autograd import normalize_rows
-except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
-    if error.name != "triton":
-        raise
-    normalize_rows = None
-
-__all__ = ["layer_norm", "normalize", "rms_norm"]
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LARGEST_ROW = 2**31 - 2**16  # column indices are int32, with room for the last chunk of a loop
-
-
-def _is_plain(*tensors) -> bool:
-    """Whether these are tensors, or None, and neither subclasses nor what stands for tensors in a trace:
-    those dispatch themselves in PyTorch's operator."""
-    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-
-
-def _takes_kernel(*tensors) -> bool:
-    """Whether these plain tensors, the input first, can go to a kernel."""
-    x = tensors[0]
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
-        and normalize_rows is not None
-        and all(
-            t is None or (t.dtype in SUPPORTED and t.layout is torch.strided and not t.is_neg())
-            for t in tensors
-        )
-        and torch._C._functorch.maybe_current_level() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+__all__ = [
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "layer_norm2d",
+    "normalize",
+    "rms_norm",
+]
 
 
-def _result_dtype(x):
-    """CUDA autocast runs normalizations in float32."""
-    if x.is_cuda and x.dtype in HALF and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return x.dtype
-
-
-def _check_eps(name, eps) -> float:
-    try:
-        return float(eps)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: eps must be a number, not {type(eps).__name__}") from None
-
-
-def _check(name, input, normalized_shape, **parameters):
-    """Raises PyTorch's kinds of errors, naming the argument."""
+def _check_rows(name, input, normalized_shape, **parameters):
+    """That the input is `[*, *normalized_shape]`, and each parameter of that shape or None."""
     if not isinstance(normalized_shape, (tuple, list, torch.Size)):
         raise TypeError(
             f"{name}: normalized_shape must be a tuple or list of ints, "
@@ -85,29 +63,7 @@ def _check(name, input, normalized_shape, **parameters):
             f"{name}: normalized_shape={list(shape)} needs an input of shape "
             f"[*, {', '.join(map(str, shape))}], but input has shape {list(input.shape)}"
         )
-    for argument, tensor in parameters.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise RuntimeError(
-                f"{name}: {argument} must have the shape of normalized_shape {list(shape)}, "
-                f"but has {list(tensor.shape)}"
-            )
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{name}: {argument} is on {tensor.device}, but input is on {input.device}"
-            )
-
-
-def _with_torch(operator, x, *parameters):
-    """PyTorch's operator, with our promise for mixed dtypes: compute wide, round once."""
-    if not all(p is None or p.dtype in SUPPORTED for p in (x, *parameters)) or all(
-        p is None or p.dtype == x.dtype for p in parameters
-    ):
-        return operator(x, *parameters)
-    wide = compute_dtype(x)
-    y = operator(x.to(wide), *(p if p is None else p.to(wide) for p in parameters))
-    return y.to(_result_dtype(x))
+    check_parameters(name, input, shape, **parameters)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -132,11 +88,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, or eps not a number.
     """
-    if not _is_plain(input, weight, bias):
+    if not is_plain(input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    _check("layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    eps = _check_eps("layer_norm", eps)
-    if _takes_kernel(input, weight, bias) and prod(normalized_shape) < LARGEST_ROW:
+    _check_rows("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    eps = check_number("layer_norm", "eps", eps)
+    if takes_kernel(input, weight, bias) and prod(normalized_shape) < LARGEST_SET:
         return normalize_rows(
             input,
             weight,
@@ -144,10 +100,54 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
             len(normalized_shape),
             eps,
             "layer",
-            _result_dtype(input),
+            result_dtype(input),
             torch.contiguous_format,
         )
-    return _with_torch(lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias)
+    return with_torch(lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias)
+
+
+def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
+    """Layer normalization over the channels of each pixel, as ConvNeXt has it (Liu et al.,
+    arXiv:2201.03545).
+
+    Args:
+        input: `[N, C, H, W]`, any strides; contiguous and channels_last are read where they lie.
+        weight, bias: `[C]` or None.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of the input's shape, dtype (under CUDA autocast float32) and, where it is dense,
+        memory format. (PyTorch's operator, where it is taken, returns channels_last.)
+
+    Raises:
+        RuntimeError: a shape or device does not fit; the message names the argument.
+        TypeError: eps is not a number.
+    """
+
+    def with_layer_norm(x, w, b):
+        return F.layer_norm(x.movedim(1, -1), (x.shape[1],), w, b, eps).movedim(-1, 1)
+
+    if not is_plain(input, weight, bias):
+        return with_layer_norm(input, weight, bias)
+    if input.dim() != 4:
+        raise RuntimeError(
+            f"layer_norm2d: input must be [N, C, H, W], but has shape {list(input.shape)}"
+        )
+    check_channels("layer_norm2d", input, weight=weight, bias=bias)
+    eps = check_number("layer_norm2d", "eps", eps)
+    if takes_kernel(input, weight, bias) and input.shape[1] < LARGEST_SET:
+        y = normalize_rows(
+            input.movedim(1, -1),
+            weight,
+            bias,
+            1,
+            eps,
+            "layer",
+            result_dtype(input),
+            torch.preserve_format,
+        )
+        return y.movedim(-1, 1)
+    return with_torch(with_layer_norm, input, weight, bias)
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
@@ -173,11 +173,11 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, or eps not a number.
     """
-    if not _is_plain(input, weight):
+    if not is_plain(input, weight):
         return F.rms_norm(input, normalized_shape, weight, eps)
-    _check("rms_norm", input, normalized_shape, weight=weight)
-    eps = eps if eps is None else _check_eps("rms_norm", eps)
-    if _takes_kernel(input, weight) and prod(normalized_shape) < LARGEST_ROW:
+    _check_rows("rms_norm", input, normalized_shape, weight=weight)
+    eps = eps if eps is None else check_number("rms_norm", "eps", eps)
+    if takes_kernel(input, weight) and prod(normalized_shape) < LARGEST_SET:
         if eps is None:
             eps = torch.finfo(compute_dtype(input)).eps
         return normalize_rows(
@@ -187,10 +187,10 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
             len(normalized_shape),
             eps,
             "rms",
-            _result_dtype(input),
+            result_dtype(input),
             torch.contiguous_format,
         )
-    return _with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
+    return with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
 
 
 def _are_dims(dims, count) -> bool:
@@ -229,10 +229,10 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     if (
         p == 2
         and out is None
-        and _is_plain(input)
+        and is_plain(input)
         and _are_dims(dims, input.dim())
-        and _takes_kernel(input)
-        and prod(input.shape[d] for d in dims) < LARGEST_ROW
+        and takes_kernel(input)
+        and prod(input.shape[d] for d in dims) < LARGEST_SET
     ):
         last = tuple(range(-len(dims), 0))
         y = normalize_rows(
@@ -240,10 +240,209 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
             None,
             None,
             len(dims),
-            _check_eps("normalize", eps),
+            check_number("normalize", "eps", eps),
             "l2",
-            _result_dtype(input),
+            result_dtype(input),
             torch.preserve_format,
         )
         return y.movedim(last, dims)
     return F.normalize(input, p, dim, eps, out)
+
+
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Group normalization (Wu and He, arXiv:1803.08494).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    with the mean and the biased variance of each image's group: C / num_groups adjacent channels and
+    all spatial positions.
+
+    Args:
+        input: `[N, C, *spatial]`.
+        num_groups: G, which divides C.
+        weight, bias: `[C]` or None.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of the input's shape, dtype (under CUDA autocast float32) and memory format.
+
+    Raises:
+        ValueError: the input has one group in all, of one element.
+        RuntimeError: num_groups is not positive or does not divide C, or a shape or device does not
+            fit; the message names the argument.
+        TypeError: num_groups is not an int, or eps not a number.
+    """
+    if not is_plain(input, weight, bias):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    check_channels("group_norm", input, weight=weight, bias=bias)
+    try:
+        groups = operator.index(num_groups)
+    except TypeError:
+        raise TypeError(f"group_norm: num_groups must be an int, not {num_groups!r}") from None
+    if groups <= 0 or input.shape[1] % groups:
+        raise RuntimeError(
+            f"group_norm: num_groups must be positive and divide the {input.shape[1]} channels of "
+            f"input, but is {groups}"
+        )
+    eps = check_number("group_norm", "eps", eps)
+    size = input.shape[1] // groups * prod(input.shape[2:])
+    if input.shape[0] * size == 1:
+        raise ValueError(f"group_norm: input of shape {list(input.shape)} has one value per group")
+    if takes_kernel(input, weight, bias) and size < LARGEST_SET:
+        return normalize_channels(input, weight, bias, groups, "group", eps, result_dtype(input))
+    return with_torch(lambda x, w, b: F.group_norm(x, groups, w, b, eps), input, weight, bias)
+
+
+def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, momentum, eps):
+    """`torch_norm`, F.batch_norm or F.instance_norm, on the kernels where they can.
+
+    Args:
+        running: (mean, var), each `[C]` or None.
+        over: what has statistics of its own: "batch" a channel, "group" a channel of one image;
+            "given" means that those of `running` are taken.
+    """
+    uses_input = over != "given"
+    size = prod(input.shape[2:]) * (input.shape[0] if over == "batch" else 1)
+    if takes_kernel(input, *running, weight, bias) and size < LARGEST_SET:
+        if isinstance(momentum, torch.Tensor):
+            momentum = momentum.to(input.device, torch.float64)
+        return normalize_channels(
+            input,
+            weight,
+            bias,
+            input.shape[1],
+            over,
+            eps,
+            input.dtype,
+            running=Running(*running, momentum) if uses_input and running[0] is not None else None,
+            given=None if uses_input else running,
+        )
+
+    def with_options(*tensors):
+        return torch_norm(*tensors, uses_input, float(momentum), eps)
+
+    return with_torch_running(with_options, input, running, weight, bias, updates=uses_input)
+
+
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    """Batch normalization (Ioffe and Szegedy, arXiv:1502.03167).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    In training, mean and biased variance are those of each channel, over N and all spatial positions,
+    and the running statistics, if given, are updated in place, with the unbiased variance:
+
+        running = (1 - momentum) * running + momentum * statistic
+
+    Otherwise mean and variance are the running statistics. An empty input changes none of them.
+
+    Args:
+        input: `[N, C, *spatial]`.
+        running_mean, running_var: `[C]`, in training also None.
+        weight, bias: `[C]` or None.
+        training: bool.
+        momentum: a number, or a tensor of one on any device, which the kernels do not wait for.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: in training, one value per channel, or one running statistic without the other;
+            eps is negative, or zero in training.
+        RuntimeError: a shape or device does not fit, running statistics are missing in evaluation or
+            require a gradient; the message names the argument.
+        TypeError: training is not a bool, or momentum or eps not a number.
+
+    Nothing is updated where an error is raised.
+    """
+    if not is_plain(input, running_mean, running_var, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    parameters = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    check_bool("batch_norm", "training", training)
+    check_channels("batch_norm", input, **parameters)
+    check_running("batch_norm", running_mean, running_var, "training", given=not training)
+    momentum = check_momentum("batch_norm", momentum)
+    eps = check_number("batch_norm", "eps", eps)
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"batch_norm: eps must be positive, or zero in evaluation, but is {eps}")
+    if training and input.shape[0] * prod(input.shape[2:]) == 1:
+        raise ValueError(
+            f"batch_norm: input of shape {list(input.shape)} has one value per channel in training"
+        )
+    running = (running_mean, running_var)
+    over = "batch" if training else "given"
+    return _batch_or_instance_norm(F.batch_norm, input, running, weight, bias, over, momentum, eps)
+
+
+def instance_norm(
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """Instance normalization (Ulyanov, Vedaldi and Lempitsky, arXiv:1607.08022).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    With `use_input_stats`, mean and biased variance are those of each image's channel, over all spatial
+    positions, and the running statistics, if given, are updated in place as by `batch_norm`, with the
+    images' mean and unbiased variance averaged over N. Otherwise the running statistics are taken. An
+    empty input changes none of them.
+
+    Args:
+        input: `[N, C, *spatial]`.
+        running_mean, running_var: `[C]`, or None with `use_input_stats`.
+        weight, bias: `[C]` or None.
+        use_input_stats: bool.
+        momentum: a number, or a tensor of one on any device, which the kernels do not wait for.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: with `use_input_stats`, one spatial position, or one running statistic without
+            the other.
+        RuntimeError: a shape or device does not fit, running statistics are missing without
+            `use_input_stats` or require a gradient; the message names the argument.
+        TypeError: use_input_stats is not a bool, or momentum or eps not a number.
+
+    Nothing is updated where an error is raised.
+    """
+    if not is_plain(input, running_mean, running_var, weight, bias):
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    parameters = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    check_bool("instance_norm", "use_input_stats", use_input_stats)
+    check_channels("instance_norm", input, **parameters)
+    check_running(
+        "instance_norm", running_mean, running_var, "use_input_stats", given=not use_input_stats
+    )
+    momentum = check_momentum("instance_norm", momentum)
+    eps = check_number("instance_norm", "eps", eps)
+    if use_input_stats and prod(input.shape[2:]) == 1:
+        raise ValueError(
+            f"instance_norm: input of shape {list(input.shape)} has one spatial position, and "
+            f"use_input_stats is True"
+        )
+    running = (running_mean, running_var)
+    over = "group" if use_input_stats else "given"
+    return _batch_or_instance_norm(F.instance_norm, input, running, weight, bias, over, momentum, eps)

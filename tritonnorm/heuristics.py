@@ -1,8 +1,8 @@
 """Launch choices: pure functions of sizes and dtype widths, nothing else.
 
-What changes the order of a reduction depends on the reduced size, on the dtype and on whether rows are
-strided, so that a row's bits do not depend on the number of rows; the number of partial weight
-gradients depends on the tensor and not on the GPU. No choice is ever made by timing at run time.
+What changes the order of a reduction depends on the reduced size, on the dtype and on the memory format,
+so that the bits of a row, or of an image, do not depend on how many there are; the number of partial
+weight gradients depends on the tensor and not on the GPU. No choice is ever made by timing at run time.
 
 Registers and spills were read off the compiler (`python -m perf lowering`); choices between forms
 that compile equally clean wait for a measurement and say so.
@@ -64,6 +64,43 @@ FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
 """Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4
 loads one after another (MAX_PARTIALS / 256 rows), and at N = 128 still 8 programs (unmeasured)."""
 
+GROUP_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
+GROUP_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
+GROUP_BACKWARD_ELEMENTS_ACROSS = {2: 16, 4: 16, 8: 8}
+GROUP_FORWARD_RESIDENT = {2: 16384, 4: 16384, 8: 8192}
+GROUP_BACKWARD_RESIDENT = {2: 8192, 4: 8192, 8: 4096}
+"""Elements a thread, and largest tile, of sets of channels that are resident."""
+
+MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
+"""Groups and channels, at most, of a tile of several groups: its folds take instructions a group."""
+
+LINE_BYTES = 64
+"""Bytes side by side, at least, that a resident tile takes of channels_last: with half of it the
+bandwidth of an H100 is halved."""
+
+CHANNEL_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 4}
+CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
+PIECE_WARPS = 4
+"""Elements a thread, and warps, of a step through a piece."""
+
+PIECE_LINE_BYTES = 128
+"""Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
+
+PIECE_ELEMENTS = 8192
+"""The smallest piece: 16 KB of bfloat16. One image of 320 channels of 64 x 64 gives 160 of them, more
+than an H100 has SMs."""
+
+GROUP_PARTS = 128
+"""Parts, at most, that the positions of an image are cut into: the partial results of larger images stay
+as few."""
+
+BATCH_PROGRAMS = 4096
+"""Programs, at most, that share the statistics of a batch: four waves of an H100 at 8 an SM
+(unmeasured)."""
+
+FOLD_SET_ELEMENTS = 2048
+"""Elements of a step of a fold of moments, in float64."""
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -81,6 +118,11 @@ def _power_of_two(n: int) -> int:
 
 def _warps(elements: int, a_thread: int) -> int:
     return min(max(elements // (a_thread * WARP), MIN_WARPS), MAX_WARPS)
+
+
+def _warps_of(elements: int, a_thread: int) -> int:
+    """Warps of a tile that may be too small for `MIN_WARPS`."""
+    return min(max(elements // (a_thread * WARP), 1), MAX_WARPS)
 
 
 def _row_tile(n, itemsize, strided, *, a_thread, resident, chunk, strided_tile) -> RowTile:
@@ -126,19 +168,147 @@ def row_backward(n: int, itemsize: int, strided: bool) -> RowTile:
     )
 
 
+def partials(steps: int, program_bytes: int, traffic: int) -> int:
+    """Programs that share so many steps, each leaving `program_bytes` of partial parameter gradients, in a
+    backward pass that moves `traffic` bytes."""
+    if program_bytes == 0:
+        return min(steps, MAX_PARTIALS)
+    share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
+    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), MAX_PARTIALS), 1)
+
+
 def row_partials(m: int, n: int, itemsize: int, parameters: int, rows: int) -> int:
     """Programs that walk through m rows, `rows` at a step, each leaving partial gradients of
     `parameters` (0 to 2) parameters of n elements."""
-    steps = ceil(m / rows)
-    if parameters == 0:
-        return min(steps, MAX_PARTIALS)
-    program_bytes = parameters * n * max(itemsize, 4)
-    traffic = 3 * m * n * itemsize
-    share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
-    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), MAX_PARTIALS), 1)
+    return partials(ceil(m / rows), parameters * n * max(itemsize, 4), 3 * m * n * itemsize)
 
 
 def fold(partials: int) -> RowTile:
     """The fold of so many partial gradients."""
     rows = min(_power_of_two(partials), FOLD_ELEMENTS // FOLD_COLUMNS)
     return RowTile(rows, FOLD_ELEMENTS // rows, FOLD_WARPS)
+
+
+@dataclass(frozen=True)
+class GroupTile:
+    """`block_c` x `block_s` elements a program: all positions of `groups` whole groups."""
+
+    groups: int
+    block_c: int
+    block_s: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How the channel view is cut into pieces: a program takes the `block_c` channels of `images` images
+    at `steps` * `block_s` positions, a step at a time."""
+
+    block_c: int
+    block_s: int
+    images: int
+    steps: int
+    num_warps: int
+
+    def count(self, n: int, s: int) -> int:
+        """Pieces of a block of channels."""
+        return ceil(n / self.images) * ceil(s / (self.steps * self.block_s))
+
+    def programs(self, n: int, c: int, s: int) -> int:
+        return ceil(c / self.block_c) * self.count(n, s)
+
+
+def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> GroupTile | None:
+    """The tile of groups that are resident; None for those that are not."""
+    block_s = _power_of_two(s)
+    filling = MIN_WARPS * WARP * a_thread  # elements that give four warps theirs
+    best = None
+    for count in range(1, groups + 1):
+        block_c = _power_of_two(count * cg)
+        if block_c * block_s > resident or block_c > MAX_GROUP_CHANNELS and count > 1:
+            break
+        if cg > 1 and (groups % count or count > MAX_GROUPS):
+            continue  # a group's place in its tile, and so the order of its sums, would depend on the image
+        line = count * cg * itemsize
+        wide = adjacent == "s" or count == groups or line >= LINE_BYTES
+        aligned = adjacent == "s" or count == groups or line % 16 == 0
+        quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
+        if best is None or quality > best[0]:
+            best = quality, GroupTile(count, block_c, block_s, _warps_of(block_c * block_s, a_thread))
+    if best is None or not best[0][0]:
+        return None
+    return best[1]
+
+
+def group_forward(cg: int, groups: int, s: int, itemsize: int, adjacent: str | None) -> GroupTile | None:
+    """The forward pass over sets of cg channels and s positions, `groups` an image; None if a set is not
+    resident."""
+    return _group_tile(
+        cg,
+        groups,
+        s,
+        itemsize,
+        adjacent,
+        a_thread=GROUP_FORWARD_ELEMENTS[itemsize],
+        resident=GROUP_FORWARD_RESIDENT[itemsize],
+    )
+
+
+def group_backward(
+    cg: int, groups: int, s: int, itemsize: int, adjacent: str | None
+) -> GroupTile | None:
+    """The same for the backward pass."""
+    a_thread = GROUP_BACKWARD_ELEMENTS if adjacent == "s" else GROUP_BACKWARD_ELEMENTS_ACROSS
+    return _group_tile(
+        cg,
+        groups,
+        s,
+        itemsize,
+        adjacent,
+        a_thread=a_thread[itemsize],
+        resident=GROUP_BACKWARD_RESIDENT[itemsize],
+    )
+
+
+def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pieces:
+    elements = PIECE_WARPS * WARP * a_thread
+    if adjacent == "s":
+        block_s = min(_power_of_two(s), elements)
+        block_c = min(_power_of_two(c), elements // block_s)
+    else:
+        block_c = min(_power_of_two(c), PIECE_LINE_BYTES // itemsize)
+        block_s = min(_power_of_two(s), elements // block_c)
+    smallest = PIECE_ELEMENTS // block_c  # positions, over all images of the piece
+    if over_batch:
+        count = max(min(n * s // smallest, BATCH_PROGRAMS // ceil(c / block_c)), 1)
+        images, parts = max(n // count, 1), max(count // n, 1)
+    else:
+        images, parts = 1, max(min(s // smallest, GROUP_PARTS), 1)
+    steps = ceil(s / parts / block_s)
+    return Pieces(block_c, block_s, images, steps, _warps_of(block_c * block_s, a_thread))
+
+
+def channel_forward(
+    n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
+) -> Pieces:
+    """The pieces of the forward pass over n images of c channels and s positions. For statistics of groups
+    they do not depend on n."""
+    return _channel_pieces(
+        n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize]
+    )
+
+
+def channel_backward(
+    n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
+) -> Pieces:
+    """The same for the backward pass."""
+    return _channel_pieces(
+        n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_BACKWARD_ELEMENTS[itemsize]
+    )
+
+
+def fold_sets(pieces: int, channels: int) -> RowTile:
+    """The fold of so many pieces of the channels that a program takes: those of a group, or single ones."""
+    block_c = min(_power_of_two(channels), FOLD_COLUMNS)
+    rows = min(_power_of_two(pieces), FOLD_SET_ELEMENTS // block_c)
+    return RowTile(rows, block_c, _warps(rows * block_c, FOLD_SET_ELEMENTS // (FOLD_WARPS * WARP)))

@@ -1,8 +1,9 @@
-"""Shapes, strides and memory formats: any tensor as rows.
+"""Shapes, strides and memory formats: any tensor as rows, or as channels.
 
 A row view `[M, N]` of a tensor of shape `[*, *normalized_shape]` merges the trailing dimensions into
 one of size N with one stride, and the leading ones into at most three of sizes (R0, R1, R2), whose
-product is M. Several tensors of one shape share the sizes and have strides of their own.
+product is M. A channel view `[N, C, S]` of a tensor `[N, C, *spatial]` merges the spatial dimensions into
+S positions. Several tensors of one shape share the sizes and have strides of their own.
 """
 
 from dataclasses import dataclass
@@ -103,9 +104,50 @@ def row_view(shape, normalized_dims, strides) -> RowView | None:
     )
 
 
-def common_alignment(view: RowView, tensors) -> int | None:
-    """The largest power of two, at most 16, of which every row of every tensor starts at a multiple,
-    in elements of that tensor; None for strided rows."""
+@dataclass(frozen=True)
+class ChannelView:
+    """Sizes and, per tensor, the strides (n, c, s) in elements.
+
+    `adjacent` names the dimension along which the elements of every tensor are neighbours in memory: "s"
+    (contiguous), "c" (channels_last, or no spatial dimension), or None. `alignment` is the largest power
+    of two, at most 16, that divides the steps between such lines, and their length; None without lines.
+    """
+
+    n: int
+    c: int
+    s: int
+    strides: tuple[tuple[int, int, int], ...]
+    adjacent: str | None
+    alignment: int | None
+
+
+@lru_cache(maxsize=4096)
+def channel_view(shape, over_batch, strides) -> ChannelView | None:
+    """The tensors `[N, C, *spatial]` with the given strides, a tuple of tuples, as `[N, C, S]`; None where
+    the spatial dimensions of one do not merge. Where statistics are those of a batch (`over_batch`), the
+    images are positions as well, N = 1, if one step leads through them too, as in channels_last."""
+    sizes, merged = merge(shape[2:], [steps[2:] for steps in strides])
+    if len(sizes) > 1:
+        return None
+    n, c, s = shape[0], shape[1], prod(shape[2:])
+    if over_batch:
+        batch, batch_merged = merge((n, *shape[2:]), [(steps[0], *steps[2:]) for steps in strides])
+        if len(batch) < 2:
+            n, s, merged = 1, n * s, batch_merged
+    steps = [(full[0], full[1], m[0] if m else 1) for full, m in zip(strides, merged, strict=True)]
+
+    adjacent = alignment = None
+    if s > 1 and all(step[2] == 1 for step in steps):
+        adjacent, alignment = "s", _step_alignment(s, (n, c), [step[:2] for step in steps])
+    elif all(step[1] == 1 for step in steps):
+        lines = [(step[0], step[2] if s > 1 else c) for step in steps]
+        adjacent, alignment = "c", _step_alignment(c, (n, s), lines)
+    return ChannelView(n, c, s, tuple(steps), adjacent, alignment)
+
+
+def common_alignment(view: RowView | ChannelView, tensors) -> int | None:
+    """The largest power of two, at most 16, of which every line of every tensor starts at a multiple,
+    in elements of that tensor; None where there are no lines of adjacent elements."""
     if view.alignment is None:
         return None
     bits = view.alignment

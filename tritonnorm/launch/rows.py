@@ -1,27 +1,18 @@
-"""Allocation, grids and calls of the kernels; the only importer of `tritonnorm.kernels`.
+"""Launches of the row kernels.
 
-Inputs were checked by the callers. Outputs are contiguous, or with `torch.preserve_format` laid out
-as the input; statistics are flat, one float32 (for float64 input, float64) a row.
+Outputs are contiguous, or with `torch.preserve_format` laid out as the input.
 """
 
-from contextlib import nullcontext
 from math import ceil, prod
 
 import torch
 
-from . import heuristics
-from .dtypes import compute_dtype
-from .kernels.fold import fold_parameter_gradients
-from .kernels.row import row_backward as row_backward_kernel
-from .kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
-from .views import common_alignment, row_view
-
-FP_FUSION = {"enable_fp_fusion": True}
-"""Multiply and add contract to FMA: stated, since the default differs between Triton releases."""
-
-
-def _on_device(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+from .. import heuristics
+from ..dtypes import compute_dtype
+from ..kernels.row import row_backward as row_backward_kernel
+from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
+from ..views import common_alignment, row_view
+from .common import FP_FUSION, fold_parameters, on_device, parameter_partials
 
 
 def _view_rows(normalized_dims, inputs, output):
@@ -60,7 +51,7 @@ def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_fo
     view, align, (x,), target = _view_rows(normalized_dims, [x], y)
     tile = heuristics.row_forward(view.n, x.element_size(), view.strided)
     kernel = row_forward_resident if tile.block_n >= view.n else row_forward_looped
-    with _on_device(x):
+    with on_device(x):
         kernel[(ceil(view.m / tile.rows),)](
             x_ptr=x,
             y_ptr=target,
@@ -114,14 +105,7 @@ def row_backward(
     tile = heuristics.row_backward(view.n, x.element_size(), view.strided)
     parameters = 2 - dtypes.count(None)
     programs = heuristics.row_partials(view.m, view.n, x.element_size(), parameters, tile.rows)
-    dweight_partial, dbias_partial = (
-        d and torch.empty(programs, n, dtype=compute_dtype(x), device=x.device) for d in dtypes
-    )
-    # Of float64 input the fold leaves float64: Triton's interpreter casts it wrongly to 16 bits.
-    dweight, dbias = (
-        d and torch.empty(n, dtype=torch.float64 if x.dtype == torch.float64 else d, device=x.device)
-        for d in dtypes
-    )
+    partials = parameter_partials(x, programs, n, dtypes)
     shared = dict(
         dy_ptr=dy,
         x_ptr=x,
@@ -142,7 +126,7 @@ def row_backward(
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
-    with _on_device(x):
+    with on_device(x):
         c1 = c2 = None
         if dx is not None and tile.block_n < view.n:
             c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
@@ -151,26 +135,12 @@ def row_backward(
             c1_ptr=c1,
             c2_ptr=c2,
             dx_ptr=target,
-            dweight_partial_ptr=dweight_partial,
-            dbias_partial_ptr=dbias_partial,
+            dweight_partial_ptr=partials[0],
+            dbias_partial_ptr=partials[1],
             dx_strides=view.strides[2] if dx is not None else None,
             **shared,
         )
-        if parameters:
-            fold = heuristics.fold(programs)
-            fold_parameter_gradients[(ceil(view.n / fold.block_n),)](
-                dweight_partial_ptr=dweight_partial,
-                dbias_partial_ptr=dbias_partial,
-                dweight_ptr=dweight,
-                dbias_ptr=dbias,
-                P=programs,
-                N=view.n,
-                BLOCK_P=fold.rows,
-                BLOCK_N=fold.block_n,
-                num_warps=fold.num_warps,
-                **FP_FUSION,
-            )
+        dweight, dbias = fold_parameters(partials, dtypes)
     if target is not dx:
         dx.copy_(target)
-    dweight, dbias = (t if t is None else t.to(d) for t, d in zip((dweight, dbias), dtypes, strict=True))
     return dx, dweight, dbias
