@@ -318,9 +318,12 @@ def channel_moments(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    program=None,
 ):
+    if program is None:
+        program = tl.program_id(0)
     piece, channels, present, bounds = locate(
-        tl.program_id(0), N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
+        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
 
     mean, squares = piece_moments(x_ptr, x_strides, channels, present, bounds, BLOCK_S, ADJACENT, ALIGN)
@@ -354,10 +357,13 @@ def channel_normalize(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    program=None,
 ):
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    if program is None:
+        program = tl.program_id(0)
     _, channels, present, bounds = locate(
-        tl.program_id(0), N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
+        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     sets = set_numbers(bounds[0], channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
@@ -411,11 +417,14 @@ def channel_gradient_sums(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    program=None,
 ):
     """The sums that c1, c2, dweight and dbias are made of; and dx, where statistics are constants."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    if program is None:
+        program = tl.program_id(0)
     piece, channels, present, bounds = locate(
-        tl.program_id(0), N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
+        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     sets = set_numbers(bounds[0], channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
@@ -467,10 +476,13 @@ def channel_input_gradient(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    program=None,
 ):
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    if program is None:
+        program = tl.program_id(0)
     _, channels, present, bounds = locate(
-        tl.program_id(0), N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
+        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     sets = set_numbers(bounds[0], channels, CG, SETS)
     mean, rstd, c1, c2 = (

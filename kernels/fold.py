@@ -182,12 +182,13 @@ def fold_moments(
     ONE_SET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    program=None,
 ):
     """Mean and rstd of each set, and for sets of a channel each the running statistics."""
     dtype: tl.constexpr = squares_partial_ptr.dtype.element_ty
-    first_piece, first, last, sets, mask = locate_set(
-        tl.program_id(0), C, CG, SETS, PIECES, ONE_SET, BLOCK_C
-    )
+    if program is None:
+        program = tl.program_id(0)
+    first_piece, first, last, sets, mask = locate_set(program, C, CG, SETS, PIECES, ONE_SET, BLOCK_C)
 
     mean, variance = set_moments(
         mean_partial_ptr,
@@ -270,10 +271,11 @@ def fold_gradient_means(
     ONE_SET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    program=None,
 ):
-    first_piece, first, last, sets, mask = locate_set(
-        tl.program_id(0), C, CG, SETS, PIECES, ONE_SET, BLOCK_C
-    )
+    if program is None:
+        program = tl.program_id(0)
+    first_piece, first, last, sets, mask = locate_set(program, C, CG, SETS, PIECES, ONE_SET, BLOCK_C)
     c1, c2 = set_gradient_means(
         dweight_partial_ptr,
         dbias_partial_ptr,

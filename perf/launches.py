@@ -1,11 +1,11 @@
 """Watching the launches that tritonnorm makes, without a second copy of how it makes them."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from triton.runtime.jit import KernelInterface
 
-from tritonnorm import launch
+from tritonnorm import heuristics, launch
 from tritonnorm.autograd import Running
 from tritonnorm.dtypes import compute_dtype
 
@@ -42,7 +42,7 @@ def observe(observer):
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
     kinds = (KernelInterface, _Observed)
-    modules = (launch.rows, launch.channels, launch.common)
+    modules = (launch.rows, launch.channels, launch.pieces, launch.common)
     kernels = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, kinds)]
     for module, name, kernel in kernels:
         setattr(module, name, _Observed(kernel, observer))
@@ -110,11 +110,8 @@ def _run_rows(case: Case, x) -> None:
 def _run_channels(case: Case, x) -> None:
     operator = OPERATORS[case.operator]
     weight, bias = _parameters(case)
-    over, groups = (
-        ("batch", case.channels)
-        if OPERATORS[case.operator].images_share
-        else ("group", case.sets // case.images)
-    )
+    over = "batch" if operator.images_share else "group"
+    groups = case.channels if operator.images_share else case.sets // case.images
     statistics = [torch.ones(case.sets, dtype=compute_dtype(x)) for _ in range(2)]
     needed = dict(needs_dx=True, dweight_dtype=weight.dtype, dbias_dtype=bias.dtype)
     if operator.running == "read" and case.direction == "forward":
@@ -130,13 +127,27 @@ def _run_channels(case: Case, x) -> None:
         launch.channel_backward(torch.ones_like(x), x, weight, *statistics, groups, over, **needed)
 
 
-def run(case: Case, strided: bool = False) -> None:
+@contextmanager
+def teams():
+    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
+    facts = heuristics.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+    saved = heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts
+    heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts = {facts.capability}, lambda device: facts
+    try:
+        yield
+    finally:
+        heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts = saved
+
+
+def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
-    addresses, not at values. `strided` takes rows from the channels of `[1, n, m]`."""
+    addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`; "team"
+    has teams take what is held in pieces."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "channels":
-        _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
-    elif strided:
+        with teams() if variant == "team" else nullcontext():
+            _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
+    elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
     else:
         _run_rows(case, torch.ones(case.shape, dtype=dtype))

@@ -52,6 +52,9 @@ CHANNEL_SHAPES = {
 """Small batches whose sets are resident, or in pieces, with and without padding. The number of images
 does not reach the code, but for BatchNorm."""
 
+TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
+"""The same for teams: sets of one channel, and of several."""
+
 ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
 
@@ -105,7 +108,7 @@ class Lowered:
     def tile_widths(self, tensor: str) -> list[int]:
         """Bytes of each access to the tiles of a tensor."""
         widths = self.widths.get(tensor, [])
-        if self.kernel in FIRST_ELEMENTS:
+        if self.kernel in FIRST_ELEMENTS and tensor == "x":
             wide = self.tile_bytes // (self.num_warps * heuristics.WARP * WIDE)
             widths = sorted(widths, reverse=True)[: max(wide, 1)]
         return widths
@@ -131,15 +134,15 @@ class Lowered:
         return found
 
 
-FIRST_ELEMENTS = ("channel_moments",)
+FIRST_ELEMENTS = ("channel_moments", "team_forward")
 """Kernels that read, beside its tiles, the first element of every channel of x."""
 
-SWEEPS = ("row_forward_looped", "row_gradient_means")
+SWEEPS = ("row_forward_looped", "row_gradient_means", "team_forward", "team_backward")
 """Kernels whose text loads a tile several times: for sweeps, or in a loop that is unrolled."""
 
 
-ACCESS = r"(?:ld|st)[\w.:]*?\.global(?:[\w.:]*?\.v(\d)|[\w.:]*?)\.[bfus](\d+)\s(.*)"
-"""A load or store of PTX: vector length, bits, operands; with any cache hints between."""
+ACCESS = r"(?:ld|st|atom)[\w.:]*?\.global(?:[\w.:]*?\.v(\d)|[\w.:]*?)\.[bfus](\d+)\s(.*)"
+"""A load, store or atomic of PTX: vector length, bits, operands; with any cache hints between."""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -203,8 +206,13 @@ def _instructions(cubin: bytes) -> int:
     return longest or len(found)
 
 
-TILE_SIZES = ("BLOCK_P", "ROWS", "BLOCK_C", "BLOCK_S", "BLOCK_N")
-"""Parameters that are sizes of a tile: a kernel has two of them."""
+TILE_SIZES = (
+    ("BLOCK_C", "BLOCK_S"),
+    ("ROWS", "BLOCK_N"),
+    ("BLOCK_P", "BLOCK_C"),
+    ("BLOCK_P", "BLOCK_N"),
+)
+"""Parameters that are the sizes of a tile: a kernel has one of these pairs, a team's also a fold's."""
 
 
 def _line(arguments) -> int:
@@ -221,12 +229,12 @@ def _line(arguments) -> int:
     return channels
 
 
-def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool) -> Lowered:
+def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str | None) -> Lowered:
     """Reads a compiled kernel."""
     # Triton leaves constexpr and None arguments out of the signature, and flattens tuples.
     pointers, position = {}, 0
     for parameter in kernel.params:
-        value = arguments[parameter.name]
+        value = arguments.get(parameter.name)
         if parameter.is_constexpr or value is None:
             continue
         for item in value if isinstance(value, tuple) else (value,):
@@ -244,7 +252,8 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
     warps = arguments["num_warps"]
     block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
     blocks = min(SM_REGISTERS // block_registers, 64 // warps, 32)
-    tile = tuple(arguments[name] for name in TILE_SIZES if name in arguments)
+    sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
+    tile = tuple(arguments[name] for name in sizes)
     tile_bytes = tile[0] * tile[1] * case.itemsize
     loads = sum(name in widths for name in ("x", "dy"))
     return Lowered(
@@ -254,7 +263,7 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
         direction=case.direction,
         shape=case.name,
         dtype=case.dtype,
-        layout="strided" if strided else case.layout,
+        layout=variant if variant == "strided" else case.layout,
         tile=tile,
         line=_line(arguments),
         num_warps=warps,
@@ -265,32 +274,33 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, strided: bool)
     )
 
 
-def cases(brief: bool = False) -> list[tuple[Case, bool]]:
-    """(case, strided) of rows, and of channels. float16 is lowered as bfloat16 is; parameters have the
-    dtype of the input."""
-    return row_cases(brief) + [(case, False) for case in channel_cases(brief)]
+def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+    """(case, variant) of rows and of channels, as `launches.run` takes them. float16 is lowered as
+    bfloat16 is."""
+    return row_cases(brief) + channel_cases(brief)
 
 
-def channel_cases(brief: bool = False) -> list[Case]:
-    """Both layouts and passes of CHANNEL_SHAPES."""
-    return [
-        Case(
-            operator,
-            direction,
-            shape,
-            dtype,
-            layout,
-            GROUPS if operator == "group_norm" else None,
-        )
-        for operator, shapes in CHANNEL_SHAPES.items()
-        for shape in (shapes[:1] if brief else shapes)
-        for dtype in (("bf16",) if brief else ("bf16", "fp32", "fp64"))
-        for layout in layouts_of(shape)
-        for direction in PASSES
+def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+    """Both layouts and passes of CHANNEL_SHAPES; and of TEAM_SHAPES, whose sets are taken by teams."""
+
+    def of(shapes, dtypes):
+        return [
+            Case(operator, direction, shape, dtype, layout, GROUPS if operator == "group_norm" else None)
+            for operator in shapes
+            for shape in (shapes[operator][:1] if brief else shapes[operator])
+            for dtype in dtypes
+            for layout in layouts_of(shape)
+            for direction in PASSES
+        ]
+
+    if brief:
+        return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16",))]
+    return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16", "fp32", "fp64"))] + [
+        (case, "team") for case in of(TEAM_SHAPES, ("bf16", "fp32"))
     ]
 
 
-def row_cases(brief: bool = False) -> list[tuple[Case, bool]]:
+def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
     most, and is compiled for every width and for strided rows; the others for adjacent elements in
     bfloat16."""
@@ -302,14 +312,14 @@ def row_cases(brief: bool = False) -> list[tuple[Case, bool]]:
     for operator in operators:
         for direction in PASSES:
             for dtype in dtypes if operator == "layer_norm" else ("bf16",):
-                chosen += [(Case(operator, direction, (ROWS, n), dtype), False) for n in sizes]
+                chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]
                 if operator == "layer_norm" and not brief:
                     tiles, choose = {}, getattr(heuristics, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
                         tiles.setdefault((tile, tile.block_n < n), n)
                     chosen += [
-                        (Case(operator, direction, (ROWS, n), dtype), True) for n in tiles.values()
+                        (Case(operator, direction, (ROWS, n), dtype), "strided") for n in tiles.values()
                     ]
     return chosen
 
@@ -323,14 +333,14 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
 
     def compile_and_inspect(kernel, grid, arguments):
         compiled = kernel.warmup(grid=grid, **arguments)
-        found.append(inspect(kernel, arguments, compiled, case, target, strided))
+        found.append(inspect(kernel, arguments, compiled, case, target, variant))
         if instructions:
             counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
 
     triton.runtime.driver.set_active(AbsentDriver(target))
     with ThreadPoolExecutor(os.cpu_count()) as disassemblers, observe(compile_and_inspect):
-        for case, strided in chosen:
-            run_case(case, strided)
+        for case, variant in chosen:
+            run_case(case, variant)
     if instructions:
         for i, count in enumerate(counts):
             k = found[i]
@@ -363,7 +373,7 @@ def table(lowered: list[Lowered]) -> str:
 def add_arguments(parser):
     parser.add_argument("--target", choices=TARGETS, help="one target (default: sm_90)")
     parser.add_argument("--all", action="store_true", help="every target")
-    parser.add_argument("--brief", action="store_true", help="two operators, six row lengths, bfloat16")
+    parser.add_argument("--brief", action="store_true", help="fewer operators and sizes, bfloat16")
     parser.add_argument(
         "--gate", action="store_true", help="end with status 1 on spills or narrow accesses"
     )

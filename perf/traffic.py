@@ -1,8 +1,9 @@
 """Bytes moved to and from memory: the floor, and what the kernels touch.
 
 Triton's interpreter executes every load and store of a kernel on addresses that can be counted. Each
-activation and statistic is counted as often as it is touched; parameters, which every program reads
-and L2 serves, once. Partial parameter gradients, written and read once, stand beside the floor.
+activation and each row's statistic is counted as often as it is touched; parameters and the statistics
+of channels, which many programs read and L2 serves, once. Partial results, written and read once,
+stand beside the floor.
 """
 
 import os
@@ -12,11 +13,12 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, ROW_OPERATORS, Case
+from .shapes import BRIEF_OPERATORS, BRIEF_SIZES, OPERATORS, PASSES, ROW_OPERATORS, Case, layouts_of
 
 SIZES = (64, 128, 512, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20000, 65536)
 ROWS = 8
-STATISTICS = ("mean", "spread", "c1", "c2")
+ROW_STATISTICS = ("mean", "spread", "c1", "c2")
+RUNNING = ("running_mean", "running_var")
 TOLERANCE = 0.005
 
 
@@ -93,7 +95,8 @@ class Moved:
     @property
     def total(self) -> int:
         """Bytes to compare with the floor."""
-        counted = (*self.activations, *STATISTICS)
+        rows = OPERATORS[self.case.operator].family == "rows"
+        counted = (*self.activations, *(ROW_STATISTICS if rows else RUNNING))
         return sum(
             self.touched[name] if name in counted else self.distinct[name]
             for name in self.touched
@@ -145,7 +148,33 @@ def measure(case: Case) -> Moved:
     return Moved(case, dict(touched), distinct)
 
 
+CHANNEL_SHAPES = {
+    "group_norm": (((2, 320, 8, 8), 32), ((2, 48, 16, 16), 4), ((1, 10, 64, 64), 2)),
+    "instance_norm": (((2, 64, 16, 16), None), ((1, 40, 48, 48), None)),
+    "batch_norm": (((512, 64), None), ((4, 32, 32, 32), None), ((2, 8, 96, 96), None)),
+    "batch_norm_eval": (((4, 32, 32, 32), None),),
+}
+"""Shapes and groups: sets that one program holds first, except BatchNorm's, and sets in pieces."""
+
+
 def cases(brief: bool = False) -> list[Case]:
+    """Of rows and of channels."""
+    return row_cases(brief) + channel_cases(brief)
+
+
+def channel_cases(brief: bool = False) -> list[Case]:
+    """Both passes and layouts of CHANNEL_SHAPES."""
+    return [
+        Case(operator, direction, shape, dtype, layout, groups)
+        for operator, shapes in CHANNEL_SHAPES.items()
+        for direction in PASSES
+        for dtype in (("bf16",) if brief else ("bf16", "fp32"))
+        for shape, groups in (shapes[-1:] if brief else shapes)
+        for layout in layouts_of(shape)
+    ]
+
+
+def row_cases(brief: bool = False) -> list[Case]:
     """LayerNorm in three widths, the others in bfloat16."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
@@ -163,22 +192,23 @@ def cases(brief: bool = False) -> list[Case]:
 def table(moved: list[Moved]) -> str:
     """One line a case: activations in units of T, bytes above the floor, and what was read again."""
     lines = [
-        f"{'operator':<11} {'pass':<8} {'dtype':<5} {'n':>6} {'floor':>5} {'moved':>6} {'excess':>7}"
-        " read again"
+        f"{'operator':<15} {'pass':<8} {'dtype':<5} {'shape':>12} {'layout':<13} "
+        f"{'floor':>5} {'moved':>6} {'excess':>7} read again"
     ]
     for result in moved:
         case = result.case
         floor = 2 if case.direction == "forward" else 3
         activations = sum(result.activations.values())
         lines.append(
-            f"{case.operator:<11} {case.direction:<8} {case.dtype:<5} {case.n:>6} {floor:>4}T "
-            f"{activations:>5.2f}T {result.excess:>7.1%} {result.reread}".rstrip()
+            f"{case.operator:<15} {case.direction:<8} {case.dtype:<5} {case.name:>12} "
+            f"{case.layout:<13} {floor:>4}T {activations:>5.2f}T {result.excess:>7.1%} "
+            f"{result.reread}".rstrip()
         )
     return "\n".join(lines)
 
 
 def add_arguments(parser):
-    parser.add_argument("--brief", action="store_true", help="two operators, six row lengths, bfloat16")
+    parser.add_argument("--brief", action="store_true", help="fewer operators and sizes, bfloat16")
 
 
 def run(arguments) -> int:
@@ -186,7 +216,7 @@ def run(arguments) -> int:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         return subprocess.run([sys.executable, "-m", "perf", *sys.argv[1:]], env=environment).returncode
     moved = [measure(case) for case in cases(arguments.brief)]
-    print(f"Bytes touched, counted in Triton's interpreter on {ROWS} rows; nothing was timed")
+    print("Bytes touched, counted in Triton's interpreter; nothing was timed")
     print(table(moved))
     at_floor = sum(abs(result.excess) <= TOLERANCE for result in moved)
     print(f"\n{len(moved)} cases, {at_floor} within {TOLERANCE:.1%} of the floor")

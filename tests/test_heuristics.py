@@ -76,3 +76,110 @@ def test_fold_covers_its_rows():
         assert tile.rows * tile.block_n == heuristics.FOLD_ELEMENTS
         assert tile.block_n >= heuristics.FOLD_COLUMNS
         assert tile.rows >= min(partials, heuristics.FOLD_ELEMENTS // heuristics.FOLD_COLUMNS)
+
+
+CHANNELS = [(1, 1), (6, 3), (64, 64), (64, 1), (320, 32), (1280, 32), (30, 3), (2048, 2048), (2048, 1)]
+"""Channels and groups."""
+
+POSITIONS = [1, 2, 7, 49, 64, 196, 784, 1000, 3136, 4096, 12544, 2**18, 1310720]
+ADJACENT = ("s", "c", None)
+
+
+def test_groups_choose_without_images():
+    """What changes the order of the sums of an image must not know how many images there are."""
+    for choose in (heuristics.group_forward, heuristics.group_backward):
+        assert list(inspect.signature(choose).parameters) == [
+            "cg",
+            "groups",
+            "s",
+            "itemsize",
+            "adjacent",
+        ]
+    for choose in (heuristics.channel_forward, heuristics.channel_backward):
+        for c, _ in CHANNELS:
+            for s in POSITIONS:
+                assert len({choose(n, c, s, 2, "s", False) for n in (1, 7, 1000)}) == 1
+
+
+@pytest.mark.parametrize("adjacent", ADJACENT)
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_group_tiles_are_legal(direction, itemsize, adjacent):
+    choose = getattr(heuristics, f"group_{direction}")
+    limit = getattr(heuristics, f"GROUP_{direction.upper()}_RESIDENT")[itemsize]
+    for c, groups in CHANNELS:
+        for s in POSITIONS:
+            tile = choose(c // groups, groups, s, itemsize, adjacent)
+            if tile is None:
+                continue
+            channels = tile.groups * (c // groups)
+            assert tile.block_c * tile.block_s <= limit
+            assert channels <= tile.block_c < 2 * channels
+            assert s <= tile.block_s < 2 * s
+            assert (
+                c == groups or groups % tile.groups == 0
+            )  # a group's place in a tile is one for all images
+            for size in (tile.block_c, tile.block_s, tile.num_warps):
+                assert size & (size - 1) == 0
+            assert tile.num_warps <= heuristics.MAX_WARPS
+            if adjacent != "s" and tile.groups < groups:
+                assert channels * itemsize >= heuristics.LINE_BYTES
+
+
+def test_resident_sets():
+    """Those of a diffusion UNet's inner layers, in both memory formats; not those of its outer ones."""
+    for adjacent in ("s", "c"):
+        assert heuristics.group_forward(40, 32, 64, 2, adjacent)
+        assert heuristics.group_backward(40, 32, 64, 2, adjacent)
+        assert heuristics.group_forward(20, 32, 256, 2, adjacent)
+        assert heuristics.group_forward(10, 32, 4096, 2, adjacent) is None
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+@pytest.mark.parametrize("adjacent", ADJACENT)
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_pieces_are_legal(direction, itemsize, adjacent, over_batch):
+    choose = getattr(heuristics, f"channel_{direction}")
+    for c, _ in CHANNELS:
+        for s in POSITIONS:
+            for n in (1, 3, 256):
+                pieces = choose(n, c, s, itemsize, adjacent, over_batch)
+                for size in (pieces.block_c, pieces.block_s, pieces.num_warps):
+                    assert size > 0
+                    assert size & (size - 1) == 0
+                assert pieces.images == 1 or over_batch
+                assert pieces.steps >= 1
+                assert (pieces.steps - 1) * pieces.block_s < s
+                assert pieces.block_c < 2 * c
+                assert pieces.programs(n, c, s) < 2**31
+                if not over_batch:
+                    assert pieces.count(1, s) <= heuristics.GROUP_PARTS
+
+
+@pytest.mark.parametrize("adjacent", ["s", "c"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_pieces_fill_a_gpu(direction, adjacent):
+    """One image of 320 channels gives every SM of an H100 (132) work; a batch of ResNet's more so."""
+    choose = getattr(heuristics, f"channel_{direction}")
+    assert choose(1, 320, 4096, 2, adjacent, False).programs(1, 320, 4096) >= 132
+    n, s = (256, 3136) if adjacent == "s" else (1, 256 * 3136)
+    assert choose(n, 64, s, 2, adjacent, True).programs(n, 64, s) >= 4 * 132
+
+
+@pytest.mark.parametrize("adjacent", ["s", "c"])
+def test_partial_moments_stay_small(adjacent):
+    """12 bytes a channel and piece, written and read: at most a tenth of the traffic, or 8 MB."""
+    for n, c, s in [(8, 320, 4096), (32, 256, 3136), (112, 64, 2**18), (2, 32, 2**21)]:
+        pieces = heuristics.channel_forward(n, c, s, 2, adjacent, False)
+        partial = 12 * c * pieces.count(n, s)
+        assert 2 * partial <= 0.1 * 3 * 2 * n * c * s or partial <= heuristics.PARTIAL_BYTES
+
+
+def test_folds_have_the_warps_of_pieces():
+    """Teams fold within a kernel of pieces; the sums of both forms then have one order."""
+    for pieces in (1, 3, 128, 4096):
+        for channels in (1, 10, 64, 2048):
+            tile = heuristics.fold_sets(pieces, channels)
+            assert tile.num_warps == heuristics.PIECE_WARPS == heuristics.MIN_WARPS
+            assert tile.rows * tile.block_n <= heuristics.FOLD_SET_ELEMENTS

@@ -31,6 +31,37 @@ def test_floor(operator, direction, dtype):
             assert moved.activations == {"x": pytest.approx(2 + first), "y": 1}
 
 
+ONE_READ_CHANNELS = {
+    ("group_norm", "2x320x8x8", "contiguous"),
+    ("group_norm", "2x320x8x8", "channels_last"),
+    ("group_norm", "2x48x16x16", "contiguous"),
+    ("instance_norm", "2x64x16x16", "contiguous"),
+    ("instance_norm", "2x64x16x16", "channels_last"),
+    ("instance_norm", "1x40x48x48", "contiguous"),
+    ("batch_norm_eval", "4x32x32x32", "contiguous"),
+    ("batch_norm_eval", "4x32x32x32", "channels_last"),
+}
+"""Sets that one program holds, forward and backward; and evaluations, which have none."""
+
+
+@pytest.mark.parametrize("case", traffic.channel_cases(), ids=lambda case: case.label)
+def test_floor_of_channels(case):
+    """2T and 3T within 0.5% where sets are resident; in pieces 3T and 5T, and nothing more."""
+    moved = traffic.measure(case)
+    if "squares_partial" in moved.touched or "c1" in moved.touched:
+        assert (case.operator, case.name, case.layout) not in ONE_READ_CHANNELS
+        second = ("x",) if case.direction == "forward" else ("x", "dy")
+        again = len(second) * traffic.tensor_bytes(case)
+        assert moved.activations == {
+            name: pytest.approx(1 + (name in second), rel=traffic.TOLERANCE)
+            for name in moved.activations
+        }
+        assert abs(moved.total / (traffic.floor_bytes(case) + again) - 1) <= traffic.TOLERANCE
+    else:
+        assert abs(moved.excess) <= traffic.TOLERANCE
+        assert not moved.reread
+
+
 def test_a_kernel_that_reads_twice_is_noticed(monkeypatch):
     monkeypatch.setitem(heuristics.FORWARD_RESIDENT, 2, 512)
     moved = traffic.measure(Case("rms_norm", "forward", (4, 8192), "bf16"))

@@ -1,9 +1,9 @@
-"""Shapes and strides to row views, without a kernel."""
+"""Shapes and strides to views, without a kernel."""
 
 import pytest
 import torch
 
-from tritonnorm.views import common_alignment, merge, row_view
+from tritonnorm.views import channel_view, common_alignment, merge, row_view
 
 
 def offsets(view, tensor=0):
@@ -104,3 +104,80 @@ def test_alignment_is_that_of_the_worst_tensor():
     x, y = torch.empty(4, 64), torch.empty(4, 66)[:, :64]
     view = row_view(x.shape, 1, (x.stride(), y.stride()))
     assert common_alignment(view, [x, y]) == 2
+
+
+IMAGES = torch.empty(2, 6, 4, 8)
+LAST = IMAGES.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+@pytest.mark.parametrize(
+    "x",
+    [
+        IMAGES,
+        LAST,
+        IMAGES[:, 1:3],
+        LAST[:, 1:3],
+        IMAGES[..., ::2],
+        IMAGES.transpose(0, 1),
+        torch.empty(5, 6),
+        torch.empty(5, 6, 1, 1),
+        torch.empty(2, 6, 1, 1).to(memory_format=torch.channels_last),
+        torch.empty(1, 6, 3),
+        torch.empty(3, 1, 5),
+        torch.empty(2, 6, 2, 3, 4).to(memory_format=torch.channels_last_3d),
+        torch.empty(()).expand(2, 6, 4, 8),
+    ],
+)
+def test_every_element_of_a_channel_view_is_where_its_strides_say(x, over_batch):
+    view = channel_view(x.shape, over_batch, (x.stride(),))
+    n, c, s = (torch.arange(size) for size in (view.n, view.c, view.s))
+    sn, sc, ss = view.strides[0]
+    found = n[:, None, None] * sn + c[:, None] * sc + s * ss
+    expected = sum(
+        torch.arange(size).view([-1 if d == i else 1 for i in range(x.dim())]) * stride
+        for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
+    )
+    if over_batch and view.n == 1:  # images are positions
+        expected = expected.movedim(0, 1)
+    assert torch.equal(found, expected.reshape(found.shape))
+
+
+@pytest.mark.parametrize(
+    ("x", "over_batch", "adjacent", "alignment"),
+    [
+        (IMAGES, False, "s", 16),
+        (LAST, False, "c", 2),
+        (IMAGES[1:], False, "s", 16),
+        (LAST[1:], True, "c", 2),
+        (torch.empty(2, 64, 7, 7), False, "s", 1),
+        (torch.empty(2, 64, 7, 7).to(memory_format=torch.channels_last), False, "c", 16),
+        (torch.empty(2, 320, 14, 14), True, "s", 4),
+        (torch.empty(5, 64), True, "c", 16),
+        (torch.empty(5, 64, 1, 1), False, "c", 16),
+        (LAST[:, 1:5], False, "c", 2),
+        (IMAGES[..., ::2], False, None, None),
+        (torch.empty(()).expand(2, 6, 4, 8), False, None, None),
+    ],
+)
+def test_adjacent_dimension(x, over_batch, adjacent, alignment):
+    view = channel_view(x.shape, over_batch, (x.stride(),))
+    assert (view.adjacent, view.alignment) == (adjacent, alignment)
+
+
+def test_images_are_positions_where_one_step_leads_through_both():
+    assert channel_view(LAST.shape, True, (LAST.stride(),)).n == 1
+    assert channel_view(LAST.shape, False, (LAST.stride(),)).n == 2
+    assert channel_view(IMAGES.shape, True, (IMAGES.stride(),)).n == 2
+    assert channel_view((5, 6), True, ((6, 1),)).s == 5
+    assert channel_view(LAST.shape, True, (LAST.stride(), IMAGES.stride())).n == 2
+
+
+def test_tensors_of_two_memory_formats_have_no_adjacent_dimension():
+    view = channel_view(LAST.shape, False, (LAST.stride(), IMAGES.stride()))
+    assert view.adjacent is None
+
+
+@pytest.mark.parametrize("x", [IMAGES[..., 1:-1], IMAGES.transpose(2, 3)])
+def test_no_channel_view(x):
+    assert channel_view(x.shape, False, (x.stride(),)) is None

@@ -74,6 +74,10 @@ GROUP_BACKWARD_RESIDENT = {2: 8192, 4: 8192, 8: 4096}
 MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
 """Groups and channels, at most, of a tile of several groups: its folds take instructions a group."""
 
+WORD_BYTES = 16
+"""The widest access. Lines that are no multiple of it are accessed in less, with an address each: the
+tiles of pieces then have half as many elements a thread."""
+
 LINE_BYTES = 64
 """Bytes side by side, at least, that a resident tile takes of channels_last: with half of it the
 bandwidth of an H100 is halved."""
@@ -85,6 +89,10 @@ PIECE_WARPS = 4
 
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
+
+PIECE_REGISTERS = {2: None, 4: None, 8: 128}
+"""Registers a thread, at most, that the assembler is told. Left alone it takes 64 for the moments of
+float64 on sm_100, and spills."""
 
 PIECE_ELEMENTS = 8192
 """The smallest piece: 16 KB of bfloat16. One image of 320 channels of 64 x 64 gives 160 of them, more
@@ -98,7 +106,17 @@ BATCH_PROGRAMS = 4096
 """Programs, at most, that share the statistics of a batch: four waves of an H100 at 8 an SM
 (unmeasured)."""
 
-FOLD_SET_ELEMENTS = 2048
+TEAM_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
+"""Compute capabilities on which teams were measured to be faster than the split form: none so far."""
+
+TEAM_PROGRAMS, TEAM_REGISTERS = 4, 128
+"""Programs of a team's launch on an SM, all of which must be running, and registers a thread that leave
+room for them at 4 warps each."""
+
+TEAM_L2_SHARE = 1 / 3
+"""Part of L2 that units in flight may take: they are read again from there, beside what is written."""
+
+FOLD_SET_ELEMENTS = 1024
 """Elements of a step of a fold of moments, in float64."""
 
 
@@ -169,8 +187,8 @@ def row_backward(n: int, itemsize: int, strided: bool) -> RowTile:
 
 
 def partials(steps: int, program_bytes: int, traffic: int) -> int:
-    """Programs that share so many steps, each leaving `program_bytes` of partial parameter gradients, in a
-    backward pass that moves `traffic` bytes."""
+    """Programs that share so many steps, each leaving `program_bytes` of partial parameter gradients, in
+    a backward pass that moves `traffic` bytes."""
     if program_bytes == 0:
         return min(steps, MAX_PARTIALS)
     share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
@@ -209,6 +227,7 @@ class Pieces:
     images: int
     steps: int
     num_warps: int
+    registers: int | None = None
 
     def count(self, n: int, s: int) -> int:
         """Pieces of a block of channels."""
@@ -218,6 +237,11 @@ class Pieces:
         return ceil(c / self.block_c) * self.count(n, s)
 
 
+def _whole_words(elements: int, itemsize: int) -> bool:
+    """Whether lines of so many adjacent elements can be accessed in 16 bytes."""
+    return elements * itemsize % WORD_BYTES == 0
+
+
 def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> GroupTile | None:
     """The tile of groups that are resident; None for those that are not."""
     block_s = _power_of_two(s)
@@ -225,13 +249,13 @@ def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> Gro
     best = None
     for count in range(1, groups + 1):
         block_c = _power_of_two(count * cg)
-        if block_c * block_s > resident or block_c > MAX_GROUP_CHANNELS and count > 1:
+        if block_c * block_s > resident or (count > 1 and block_c > MAX_GROUP_CHANNELS):
             break
         if cg > 1 and (groups % count or count > MAX_GROUPS):
-            continue  # a group's place in its tile, and so the order of its sums, would depend on the image
-        line = count * cg * itemsize
-        wide = adjacent == "s" or count == groups or line >= LINE_BYTES
-        aligned = adjacent == "s" or count == groups or line % 16 == 0
+            continue  # the order of a group's sums would depend on where the tile begins
+        whole = adjacent == "s" or count == groups
+        wide = whole or count * cg * itemsize >= LINE_BYTES
+        aligned = whole or _whole_words(count * cg, itemsize)
         quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
         if best is None or quality > best[0]:
             best = quality, GroupTile(count, block_c, block_s, _warps_of(block_c * block_s, a_thread))
@@ -271,6 +295,8 @@ def group_backward(
 
 
 def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pieces:
+    if not _whole_words(s if adjacent == "s" else c, itemsize):
+        a_thread = max(a_thread // 2, 1)
     elements = PIECE_WARPS * WARP * a_thread
     if adjacent == "s":
         block_s = min(_power_of_two(s), elements)
@@ -285,14 +311,15 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pie
     else:
         images, parts = 1, max(min(s // smallest, GROUP_PARTS), 1)
     steps = ceil(s / parts / block_s)
-    return Pieces(block_c, block_s, images, steps, _warps_of(block_c * block_s, a_thread))
+    warps = _warps_of(block_c * block_s, a_thread)
+    return Pieces(block_c, block_s, images, steps, warps, PIECE_REGISTERS[itemsize])
 
 
 def channel_forward(
     n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
 ) -> Pieces:
-    """The pieces of the forward pass over n images of c channels and s positions. For statistics of groups
-    they do not depend on n."""
+    """The pieces of the forward pass over n images of c channels and s positions. For statistics of
+    groups they do not depend on n."""
     return _channel_pieces(
         n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize]
     )
@@ -308,7 +335,62 @@ def channel_backward(
 
 
 def fold_sets(pieces: int, channels: int) -> RowTile:
-    """The fold of so many pieces of the channels that a program takes: those of a group, or single ones."""
+    """The fold of so many pieces of the channels of a program: those of a group, or single ones."""
     block_c = min(_power_of_two(channels), FOLD_COLUMNS)
     rows = min(_power_of_two(pieces), FOLD_SET_ELEMENTS // block_c)
-    return RowTile(rows, block_c, _warps(rows * block_c, FOLD_SET_ELEMENTS // (FOLD_WARPS * WARP)))
+    return RowTile(rows, block_c, MIN_WARPS)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is known of a GPU: compute capability, number of SMs, bytes of L2."""
+
+    capability: tuple[int, int]
+    processors: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class Team:
+    """`teams` teams of `width` programs take `units` units: `blocks` blocks of channels, and `members`
+    pieces, each."""
+
+    units: int
+    blocks: int
+    members: int
+    teams: int
+    width: int
+
+
+def team(
+    sizes: tuple[int, int, int],
+    cg: int,
+    over_batch: bool,
+    pieces: Pieces,
+    element_bytes: int,
+    device: DeviceFacts | None,
+) -> Team | None:
+    """How teams take the pieces of sets of cg channels; None for the split form. `sizes` are (n, c, s),
+    and `element_bytes` those of all tensors that are read twice. No result depends on this choice."""
+    if device is None or device.capability not in TEAM_CAPABILITIES:
+        return None
+    n, c, s = sizes
+    blocks = _channel_blocks(c, cg, pieces.block_c)
+    images = 1 if over_batch else n
+    units = images * ceil(c / (blocks * pieces.block_c))
+    members = blocks * pieces.count(n, s) // images
+    unit_bytes = min(blocks * pieces.block_c, c) * s * (n // images) * element_bytes
+    programs = device.processors * TEAM_PROGRAMS
+    teams = min(units, int(TEAM_L2_SHARE * device.l2_bytes) // unit_bytes, max(programs // members, 1))
+    if teams == 0 or members == 1:
+        return None
+    return Team(units, blocks, members, teams, min(members, programs // teams))
+
+
+def _channel_blocks(c: int, cg: int, block_c: int) -> int:
+    """Blocks of channels, at least, that hold whole groups."""
+    if block_c % cg == 0:
+        return 1
+    if cg % block_c == 0:
+        return cg // block_c
+    return ceil(c / block_c)

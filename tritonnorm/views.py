@@ -2,8 +2,8 @@
 
 A row view `[M, N]` of a tensor of shape `[*, *normalized_shape]` merges the trailing dimensions into
 one of size N with one stride, and the leading ones into at most three of sizes (R0, R1, R2), whose
-product is M. A channel view `[N, C, S]` of a tensor `[N, C, *spatial]` merges the spatial dimensions into
-S positions. Several tensors of one shape share the sizes and have strides of their own.
+product is M. A channel view `[N, C, S]` of a tensor `[N, C, *spatial]` merges the spatial dimensions
+into S positions. Several tensors of one shape share the sizes and have strides of their own.
 """
 
 from dataclasses import dataclass
@@ -123,9 +123,10 @@ class ChannelView:
 
 @lru_cache(maxsize=4096)
 def channel_view(shape, over_batch, strides) -> ChannelView | None:
-    """The tensors `[N, C, *spatial]` with the given strides, a tuple of tuples, as `[N, C, S]`; None where
-    the spatial dimensions of one do not merge. Where statistics are those of a batch (`over_batch`), the
-    images are positions as well, N = 1, if one step leads through them too, as in channels_last."""
+    """The tensors `[N, C, *spatial]` with the given strides, a tuple of tuples, as `[N, C, S]`; None
+    where the spatial dimensions of one do not merge. Where statistics are those of a batch
+    (`over_batch`), the images are positions as well, N = 1, if one step leads through them too, as in
+    channels_last."""
     sizes, merged = merge(shape[2:], [steps[2:] for steps in strides])
     if len(sizes) > 1:
         return None

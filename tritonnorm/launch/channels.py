@@ -12,16 +12,12 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.channel import (
-    channel_gradient_sums,
-    channel_input_gradient,
-    channel_moments,
-    channel_normalize,
-)
-from ..kernels.fold import fold_gradient_means, fold_moments
+from ..kernels.channel import channel_gradient_sums
 from ..kernels.group import group_backward, group_forward
-from ..views import ChannelView, channel_view, common_alignment
-from .common import FP_FUSION, fold_parameters, on_device, parameter_partials
+from ..views import channel_view, common_alignment
+from . import pieces
+from .common import fold_parameters, on_device, parameter_partials
+from .pieces import Sets
 
 
 def _dense_format(x):
@@ -51,51 +47,31 @@ def _view_channels(over, inputs, output):
     return shared, common_alignment(shared, tensors), inputs, output
 
 
-def _sizes(view: ChannelView, align):
-    """The arguments that every kernel on a view takes."""
-    return dict(N=view.n, C=view.c, S=view.s, ADJACENT=view.adjacent, ALIGN=align, **FP_FUSION)
+def _sets(over, groups, inputs, output):
+    """The sets of the view that inputs and output share, and the tensors that it is a view of."""
+    view, align, inputs, output = _view_channels(over, inputs, output)
+    cg = inputs[0].shape[1] // groups
+    return Sets(view, align, cg, over_batch=over != "group"), inputs, output
 
 
-def _in_pieces(pieces: heuristics.Pieces):
-    """The arguments of the kernels that take a piece a program."""
+def _resident(sets: Sets, heuristic, itemsize) -> heuristics.GroupTile | None:
+    """The tile of sets that one program holds; None if it cannot."""
+    if sets.over_batch and sets.view.n > 1:
+        return None
+    return heuristic(sets.cg, sets.view.c // sets.cg, sets.view.s, itemsize, sets.view.adjacent)
+
+
+def _in_tile(sets: Sets, tile: heuristics.GroupTile):
+    """The arguments of a kernel that holds groups in a tile."""
     return dict(
-        IMAGES=pieces.images,
-        STEPS=pieces.steps,
-        BLOCK_C=pieces.block_c,
-        BLOCK_S=pieces.block_s,
-        num_warps=pieces.num_warps,
-    )
-
-
-def _in_tile(tile: heuristics.GroupTile, cg):
-    """The arguments of the kernels that hold groups in a tile."""
-    return dict(
-        CG=cg,
+        inverse_count=1 / sets.elements,
+        CG=sets.cg,
         GROUPS=tile.groups,
         BLOCK_C=tile.block_c,
         BLOCK_S=tile.block_s,
         num_warps=tile.num_warps,
+        **sets.arguments,
     )
-
-
-def _fold(view: ChannelView, pieces: heuristics.Pieces, cg, sets):
-    """Grid and arguments of a fold of pieces; `sets` an image, 0 for those of a batch."""
-    images = view.n if sets else 1
-    count = pieces.count(view.n, view.s) // images
-    tile = heuristics.fold_sets(count, cg if cg > 1 else view.c)
-    blocks = view.c // cg if cg > 1 else ceil(view.c / tile.block_n)
-    arguments = dict(
-        C=view.c,
-        CG=cg,
-        SETS=sets,
-        PIECES=count,
-        ONE_SET=cg > 1,
-        BLOCK_P=tile.rows,
-        BLOCK_C=tile.block_n,
-        num_warps=tile.num_warps,
-        **FP_FUSION,
-    )
-    return (images * blocks,), arguments
 
 
 class _Running:
@@ -136,26 +112,12 @@ class _Running:
                 given.copy_(given.to(average.dtype) * (1 - self.momentum) + average)
 
 
-def _normalize(view, align, pieces, x, y, weight, bias, eps, cg, sets, **statistics):
-    """Launches channel_normalize with the statistics that are given: mean, rest, rstd, variance."""
-    channel_normalize[(pieces.programs(view.n, view.c, view.s),)](
-        x_ptr=x,
-        y_ptr=y,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rest", "rstd", "variance")},
-        x_strides=view.strides[0],
-        y_strides=view.strides[1],
-        eps=eps,
-        CG=cg,
-        SETS=sets,
-        **_sizes(view, align),
-        **_in_pieces(pieces),
-    )
-
-
 def _zero_gradients(x, dtypes):
     return (d and torch.zeros(x.shape[1], dtype=d, device=x.device) for d in dtypes)
+
+
+def _wanted(partials, dtypes):
+    return [p if d else None for p, d in zip(partials, dtypes, strict=True)]
 
 
 def _new_statistics(x, count, names):
@@ -163,88 +125,41 @@ def _new_statistics(x, count, names):
 
 
 def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_statistics):
-    """y, mean and rstd of x `[N, C, *spatial]` with the statistics of the batch or of groups; mean and rstd
-    may be None unless `save_statistics`. `running` (mean, var, momentum) or None is updated in place."""
+    """y, mean and rstd of x `[N, C, *spatial]` with the statistics of the batch or of groups; mean and
+    rstd may be None unless `save_statistics`. `running` (mean, var, momentum) or None is updated in
+    place."""
     y = torch.empty_like(x, dtype=dtype)
     n, c = x.shape[:2]
     count = n * groups if over == "group" else c
     if x.numel() == 0:
         return y, *_new_statistics(x, count, ("mean", "rstd")).values()
 
-    view, align, (x,), target = _view_channels(over, [x], y)
-    sets, cg = groups if over == "group" else 0, c // groups
-    elements = cg * view.s * (1 if sets else view.n)
-    of_images = running is not None and sets > 0
-    move = _Running(None if of_images else running, elements)
-    tile = None
-    if sets or view.n == 1:
-        tile = heuristics.group_forward(cg, groups, view.s, x.element_size(), view.adjacent)
-    saved = ("mean", "rstd") if save_statistics or tile is None else ()
-    if of_images:
-        saved = {*saved, "mean", "variance"}
-    statistics = _new_statistics(x, count, saved)
-    pointers = {f"{name}_ptr": statistics.get(name) for name in ("mean", "rstd", "variance")}
-    shared = dict(inverse_count=1 / elements, eps=eps, **move.arguments, **pointers)
+    sets, (x,), target = _sets(over, groups, [x], y)
+    tile = _resident(sets, heuristics.group_forward, x.element_size())
+    of_images = running is not None and over == "group"
+    names = ["mean", "rstd"] if save_statistics or of_images or tile is None else []
+    statistics = _new_statistics(x, count, names + ["variance"] * of_images)
+    move = _Running(None if of_images else running, sets.elements)
 
     with on_device(x):
-        if tile is not None:
-            group_forward[(view.n * ceil(groups / tile.groups),)](
+        if tile is None:
+            pieces.forward(sets, x, target, weight, bias, eps, statistics, move.arguments)
+        else:
+            group_forward[(sets.view.n * ceil(groups / tile.groups),)](
                 x_ptr=x,
                 y_ptr=target,
                 weight_ptr=weight,
                 bias_ptr=bias,
-                x_strides=view.strides[0],
-                y_strides=view.strides[1],
-                **shared,
-                **_sizes(view, align),
-                **_in_tile(tile, cg),
-            )
-        else:
-            pieces = heuristics.channel_forward(
-                view.n, c, view.s, x.element_size(), view.adjacent, over == "batch"
-            )
-            partial = pieces.count(view.n, view.s), c
-            mean_partial = torch.empty(partial, dtype=torch.float64, device=x.device)
-            squares_partial = torch.empty(partial, dtype=compute_dtype(x), device=x.device)
-            channel_moments[(pieces.programs(view.n, c, view.s),)](
-                x_ptr=x,
-                mean_partial_ptr=mean_partial,
-                squares_partial_ptr=squares_partial,
-                x_strides=view.strides[0],
-                **_sizes(view, align),
-                **_in_pieces(pieces),
-            )
-            rest = torch.empty_like(statistics["mean"])
-            grid, fold = _fold(view, pieces, cg, sets)
-            fold_moments[grid](
-                mean_partial_ptr=mean_partial,
-                squares_partial_ptr=squares_partial,
-                rest_ptr=rest,
-                N=view.n,
-                S=view.s,
-                IMAGES=pieces.images,
-                POSITIONS=pieces.steps * pieces.block_s,
-                **shared,
-                **fold,
-            )
-            _normalize(
-                view,
-                align,
-                pieces,
-                x,
-                target,
-                weight,
-                bias,
-                eps,
-                cg,
-                sets,
-                mean=statistics["mean"],
-                rest=rest,
-                rstd=statistics["rstd"],
+                **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rstd", "variance")},
+                x_strides=sets.view.strides[0],
+                y_strides=sets.view.strides[1],
+                eps=eps,
+                **move.arguments,
+                **_in_tile(sets, tile),
             )
     move.moved()
     if of_images:
-        _Running(running, elements).move(statistics["mean"], statistics["variance"], n)
+        _Running(running, sets.elements).move(statistics["mean"], statistics["variance"], n)
     if target is not y:
         y.copy_(target)
     return y, statistics.get("mean"), statistics.get("rstd")
@@ -254,14 +169,10 @@ def channel_apply(x, weight, bias, mean, variance, eps, *, dtype):
     """y of x `[N, C, *spatial]` with a mean and variance `[C]` that are given."""
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        view, align, (x,), target = _view_channels("given", [x], y)
-        pieces = heuristics.channel_forward(
-            view.n, view.c, view.s, x.element_size(), view.adjacent, True
-        )
+        sets, (x,), target = _sets("given", x.shape[1], [x], y)
+        cut = sets.choose(heuristics.channel_forward, x.element_size())
         with on_device(x):
-            _normalize(
-                view, align, pieces, x, target, weight, bias, eps, 1, 0, mean=mean, variance=variance
-            )
+            pieces.normalize(sets, cut, x, target, weight, bias, eps, mean=mean, variance=variance)
         if target is not y:
             y.copy_(target)
     return y
@@ -274,71 +185,32 @@ def channel_backward(dy, x, weight, mean, rstd, groups, over, *, needs_dx, dweig
     if x.numel() == 0:
         return dx, *_zero_gradients(x, dtypes)
 
-    view, align, (x, dy), target = _view_channels(over, [x, dy], dx)
-    sets, cg = groups if over == "group" else 0, c // groups
-    elements = cg * view.s * (1 if sets else view.n)
-    tile = None
-    if sets or view.n == 1:
-        tile = heuristics.group_backward(cg, groups, view.s, x.element_size(), view.adjacent)
-    inputs = dict(
-        dy_ptr=dy,
-        x_ptr=x,
-        weight_ptr=weight,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        dy_strides=view.strides[1],
-        x_strides=view.strides[0],
-        dx_strides=view.strides[2] if needs_dx else None,
-        **_sizes(view, align),
-    )
-
+    sets, (x, dy), target = _sets(over, groups, [x, dy], dx)
+    tile = _resident(sets, heuristics.group_backward, x.element_size())
     with on_device(x):
-        if tile is not None:
-            blocks = ceil(groups / tile.groups)
+        if tile is None:
+            partials = pieces.backward(sets, dy, x, target, weight, mean, rstd)
+        else:
             parameters = 2 - dtypes.count(None)
             programs = heuristics.partials(
-                view.n, parameters * c * max(x.element_size(), 4), 3 * x.numel() * x.element_size()
+                sets.view.n, parameters * c * max(x.element_size(), 4), 3 * x.numel() * x.element_size()
             )
             partials = parameter_partials(x, programs, c, dtypes)
-            group_backward[(blocks, programs)](
+            group_backward[(ceil(groups / tile.groups), programs)](
+                dy_ptr=dy,
+                x_ptr=x,
+                weight_ptr=weight,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
                 dx_ptr=target,
                 dweight_partial_ptr=partials[0],
                 dbias_partial_ptr=partials[1],
-                inverse_count=1 / elements,
-                **inputs,
-                **_in_tile(tile, cg),
+                dy_strides=sets.view.strides[1],
+                x_strides=sets.view.strides[0],
+                dx_strides=sets.view.strides[2] if needs_dx else None,
+                **_in_tile(sets, tile),
             )
-        else:
-            pieces = heuristics.channel_backward(
-                view.n, c, view.s, x.element_size(), view.adjacent, over == "batch"
-            )
-            located = dict(CG=cg, SETS=sets, **_in_pieces(pieces))
-            grid = (pieces.programs(view.n, c, view.s),)
-            partials = parameter_partials(x, pieces.count(view.n, view.s), c, (mean.dtype, mean.dtype))
-            channel_gradient_sums[grid](
-                variance_ptr=None,
-                eps=0.0,
-                dweight_partial_ptr=partials[0],
-                dbias_partial_ptr=partials[1],
-                dx_ptr=None,
-                **(inputs | dict(dx_strides=None)),
-                **located,
-            )
-            if needs_dx:
-                c1, c2 = torch.empty_like(mean), torch.empty_like(mean)
-                fold_grid, fold = _fold(view, pieces, cg, sets)
-                fold_gradient_means[fold_grid](
-                    dweight_partial_ptr=partials[0],
-                    dbias_partial_ptr=partials[1],
-                    weight_ptr=weight,
-                    c1_ptr=c1,
-                    c2_ptr=c2,
-                    inverse_count=1 / elements,
-                    **fold,
-                )
-                channel_input_gradient[grid](c1_ptr=c1, c2_ptr=c2, dx_ptr=target, **inputs, **located)
-            partials = [p if d else None for p, d in zip(partials, dtypes, strict=True)]
-        gradients = fold_parameters(partials, dtypes)
+        gradients = fold_parameters(_wanted(partials, dtypes), dtypes)
     if target is not dx:
         dx.copy_(target)
     return dx, *gradients
@@ -351,18 +223,18 @@ def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dwei
     if x.numel() == 0:
         return dx, *_zero_gradients(x, dtypes)
 
-    view, align, (x, dy), target = _view_channels("given", [x, dy], dx)
-    pieces = heuristics.channel_backward(view.n, view.c, view.s, x.element_size(), view.adjacent, True)
+    sets, (x, dy), target = _sets("given", x.shape[1], [x, dy], dx)
+    cut = sets.choose(heuristics.channel_backward, x.element_size())
     gradients = None, None
     with on_device(x):
         if dtypes == (None, None):
-            # dx = weight * dy / sqrt(variance + eps): a normalization of dy without a mean, x unread
-            dy_view = replace(view, strides=view.strides[1:])
-            _normalize(dy_view, align, pieces, dy, target, weight, None, eps, 1, 0, variance=variance)
+            # dx = weight * dy / sqrt(variance + eps): a normalization of dy without a mean, x unread.
+            of_dy = replace(sets, view=replace(sets.view, strides=sets.view.strides[1:]))
+            pieces.normalize(of_dy, cut, dy, target, weight, None, eps, variance=variance)
         else:
             wide = compute_dtype(x)
-            partials = parameter_partials(x, pieces.count(view.n, view.s), view.c, (wide, wide))
-            channel_gradient_sums[(pieces.programs(view.n, view.c, view.s),)](
+            partials = parameter_partials(x, sets.count(cut), x.shape[1], (wide, wide))
+            channel_gradient_sums[sets.programs(cut)](
                 dy_ptr=dy,
                 x_ptr=x,
                 dx_ptr=target,
@@ -372,17 +244,16 @@ def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dwei
                 variance_ptr=variance,
                 dweight_partial_ptr=partials[0],
                 dbias_partial_ptr=partials[1],
-                dy_strides=view.strides[1],
-                x_strides=view.strides[0],
-                dx_strides=view.strides[2] if needs_dx else None,
+                dy_strides=sets.view.strides[1],
+                x_strides=sets.view.strides[0],
+                dx_strides=sets.view.strides[2] if needs_dx else None,
                 eps=eps,
                 CG=1,
                 SETS=0,
-                **_sizes(view, align),
-                **_in_pieces(pieces),
+                **sets.arguments,
+                **pieces.in_pieces(cut),
             )
-            partials = [p if d else None for p, d in zip(partials, dtypes, strict=True)]
-            gradients = fold_parameters(partials, dtypes)
+            gradients = fold_parameters(_wanted(partials, dtypes), dtypes)
     if target is not dx:
         dx.copy_(target)
     return dx, *gradients

@@ -1,6 +1,7 @@
 """What launches of rows and of channels share."""
 
 from contextlib import nullcontext
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -16,6 +17,19 @@ FP_FUSION = {"enable_fp_fusion": True}
 def on_device(x: torch.Tensor):
     """The context in which Triton launches on the device of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache
+def device_facts(device: torch.device) -> heuristics.DeviceFacts | None:
+    """What launch choices may know of a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return heuristics.DeviceFacts(
+        capability=(properties.major, properties.minor),
+        processors=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
+    )
 
 
 def parameter_partials(x, programs: int, n: int, dtypes):

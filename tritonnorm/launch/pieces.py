@@ -1,0 +1,232 @@
+"""Launches for sets of channels that no program can hold: cut into pieces, in the split form of several
+launches, or by the teams of one cooperative launch. Both compute the same bits."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from .. import heuristics
+from ..dtypes import compute_dtype
+from ..kernels.channel import (
+    channel_gradient_sums,
+    channel_input_gradient,
+    channel_moments,
+    channel_normalize,
+)
+from ..kernels.fold import fold_gradient_means, fold_moments
+from ..kernels.team import team_backward, team_forward
+from ..views import ChannelView
+from .common import FP_FUSION, device_facts, parameter_partials
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What shares statistics in a view: cg channels, of an image or (`over_batch`) of all of them."""
+
+    view: ChannelView
+    align: int | None
+    cg: int
+    over_batch: bool
+
+    @property
+    def an_image(self) -> int:
+        """Sets an image; 0 where images share theirs."""
+        return 0 if self.over_batch else self.view.c // self.cg
+
+    @property
+    def elements(self) -> int:
+        """Elements of a set."""
+        return self.cg * self.view.s * (self.view.n if self.over_batch else 1)
+
+    @property
+    def arguments(self):
+        """The arguments of every kernel on the view."""
+        view = self.view
+        return dict(N=view.n, C=view.c, S=view.s, ADJACENT=view.adjacent, ALIGN=self.align, **FP_FUSION)
+
+    def choose(self, heuristic, itemsize: int) -> heuristics.Pieces:
+        """The pieces that a heuristic cuts the view into."""
+        view = self.view
+        return heuristic(view.n, view.c, view.s, itemsize, view.adjacent, self.over_batch)
+
+    def programs(self, pieces: heuristics.Pieces) -> tuple[int]:
+        """The grid of a kernel that takes a piece a program."""
+        return (pieces.programs(self.view.n, self.view.c, self.view.s),)
+
+    def count(self, pieces: heuristics.Pieces) -> int:
+        """Pieces of a channel, over all images."""
+        return pieces.count(self.view.n, self.view.s)
+
+
+def in_pieces(pieces: heuristics.Pieces):
+    """The arguments of a kernel that takes a piece a program."""
+    return dict(
+        IMAGES=pieces.images,
+        STEPS=pieces.steps,
+        BLOCK_C=pieces.block_c,
+        BLOCK_S=pieces.block_s,
+        num_warps=pieces.num_warps,
+        maxnreg=pieces.registers,
+    )
+
+
+def normalize(sets: Sets, pieces, x, y, weight, bias, eps, **statistics):
+    """Launches channel_normalize with the statistics that are there: mean, rest, rstd, variance."""
+    channel_normalize[sets.programs(pieces)](
+        x_ptr=x,
+        y_ptr=y,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rest", "rstd", "variance")},
+        x_strides=sets.view.strides[0],
+        y_strides=sets.view.strides[1],
+        eps=eps,
+        CG=sets.cg,
+        SETS=sets.an_image,
+        **sets.arguments,
+        **in_pieces(pieces),
+    )
+
+
+def _fold(sets: Sets, pieces: heuristics.Pieces):
+    """Grid and arguments of a fold of pieces, but for the size of its tile's second dimension."""
+    images = 1 if sets.over_batch else sets.view.n
+    count = sets.count(pieces) // images
+    one_set = sets.cg > 1
+    tile = heuristics.fold_sets(count, sets.cg if one_set else pieces.block_c)
+    programs = images * (sets.view.c // sets.cg if one_set else ceil(sets.view.c / tile.block_n))
+    arguments = dict(CG=sets.cg, SETS=sets.an_image, PIECES=count, ONE_SET=one_set, BLOCK_P=tile.rows)
+    return (programs,), arguments, dict(BLOCK_C=tile.block_n, num_warps=tile.num_warps, **FP_FUSION)
+
+
+def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.Team | None:
+    """The team that takes the pieces of x and `tensors` - 1 others; None for the split form."""
+    view = sets.view
+    if pieces.num_warps != heuristics.MIN_WARPS:  # a fold's, whose sums must have one order
+        return None
+    return heuristics.team(
+        (view.n, view.c, view.s),
+        sets.cg,
+        sets.over_batch,
+        pieces,
+        tensors * x.element_size(),
+        device_facts(x.device),
+    )
+
+
+def _in_team(team: heuristics.Team, device):
+    """Grid and arguments of a team's kernel. Programs that wait for others must all be running."""
+    arguments = dict(
+        arrivals_ptr=torch.zeros(team.units, dtype=torch.int32, device=device),
+        UNITS=team.units,
+        BLOCKS=team.blocks,
+        MEMBERS=team.members,
+        WIDTH=team.width,
+        maxnreg=heuristics.TEAM_REGISTERS,
+    )
+    if team.width > 1:
+        arguments["launch_cooperative_grid"] = True
+    return (team.teams * team.width,), arguments
+
+
+def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
+    """Computes y and fills `statistics`, mean and rstd among them; `moving` are the arguments that
+    running statistics add to a kernel."""
+    pieces = sets.choose(heuristics.channel_forward, x.element_size())
+    partial = sets.count(pieces), sets.view.c
+    partials = dict(
+        mean_partial_ptr=torch.empty(partial, dtype=torch.float64, device=x.device),
+        squares_partial_ptr=torch.empty(partial, dtype=compute_dtype(x), device=x.device),
+    )
+    rest = torch.empty_like(statistics["mean"])
+    grid, fold, fold_tile = _fold(sets, pieces)
+    folded = dict(
+        **partials,
+        **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rstd", "variance")},
+        rest_ptr=rest,
+        inverse_count=1 / sets.elements,
+        eps=eps,
+        **moving,
+        **fold,
+    )
+    if team := _team(sets, pieces, x, tensors=1):
+        team_grid, team_arguments = _in_team(team, x.device)
+        team_forward[team_grid](
+            x_ptr=x,
+            y_ptr=y,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            x_strides=sets.view.strides[0],
+            y_strides=sets.view.strides[1],
+            FOLD_C=fold_tile["BLOCK_C"],
+            **folded,
+            **sets.arguments,
+            **(in_pieces(pieces) | team_arguments),
+        )
+        return
+    channel_moments[sets.programs(pieces)](
+        x_ptr=x, x_strides=sets.view.strides[0], **partials, **sets.arguments, **in_pieces(pieces)
+    )
+    fold_moments[grid](
+        N=sets.view.n,
+        C=sets.view.c,
+        S=sets.view.s,
+        IMAGES=pieces.images,
+        POSITIONS=pieces.steps * pieces.block_s,
+        **folded,
+        **fold_tile,
+    )
+    mean, rstd = statistics["mean"], statistics["rstd"]
+    normalize(sets, pieces, x, y, weight, bias, eps, mean=mean, rest=rest, rstd=rstd)
+
+
+def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
+    """Computes dx, unless it is None; returns partial dweight and dbias `[pieces, C]`."""
+    pieces = sets.choose(heuristics.channel_backward, x.element_size())
+    view = sets.view
+    partials = parameter_partials(x, sets.count(pieces), view.c, (mean.dtype, mean.dtype))
+    sums = dict(dweight_partial_ptr=partials[0], dbias_partial_ptr=partials[1])
+    inputs = dict(
+        dy_ptr=dy,
+        x_ptr=x,
+        weight_ptr=weight,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        dy_strides=view.strides[1],
+        x_strides=view.strides[0],
+        **sets.arguments,
+        **in_pieces(pieces),
+    )
+    located = dict(CG=sets.cg, SETS=sets.an_image)
+    output = dict(dx_ptr=dx, dx_strides=view.strides[2]) if dx is not None else None
+    grid, fold, fold_tile = _fold(sets, pieces)
+    means = {name: torch.empty_like(mean) for name in ("c1_ptr", "c2_ptr")} if output else None
+
+    if output and (team := _team(sets, pieces, x, tensors=2)):
+        team_grid, team_arguments = _in_team(team, x.device)
+        team_backward[team_grid](
+            inverse_count=1 / sets.elements,
+            FOLD_C=fold_tile["BLOCK_C"],
+            **sums,
+            **means,
+            **(inputs | team_arguments),
+            **output,
+            **fold,
+        )
+        return partials
+    channel_gradient_sums[sets.programs(pieces)](
+        variance_ptr=None, eps=0.0, dx_ptr=None, dx_strides=None, **sums, **inputs, **located
+    )
+    if output:
+        fold_gradient_means[grid](
+            weight_ptr=weight,
+            inverse_count=1 / sets.elements,
+            C=view.c,
+            **sums,
+            **means,
+            **fold,
+            **fold_tile,
+        )
+        channel_input_gradient[sets.programs(pieces)](**means, **inputs, **output, **located)
+    return partials
