@@ -9,7 +9,7 @@ COMMANDS = {
     "roofline": "draw a CSV of `bench` as achieved bandwidth against size, to PNG and SVG",
     "lowering": "registers, spills and access width of the launch choices, compiled (no GPU)",
     "traffic": "bytes moved against the floor, counted in the interpreter (no GPU)",
-    "demo": "train a small GPT with torch's norms and with ours, and compare the losses",
+    "demo": "train three small models with torch's norms and with ours, and compare the losses",
     "gpu": "on a GPU machine: install in place, test, benchmark, plot",
 }
 

@@ -1,11 +1,13 @@
-"""A byte-level GPT with both kinds of row norm: LayerNorm before attention and MLP, RMSNorm on every
-head's queries and keys."""
+"""A byte-level GPT with both kinds of row norm, LayerNorm before attention and MLP and RMSNorm on every
+head's queries and keys, and what it learns: this repository's documents."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from .machine import ROOT
 
 BYTES = 256  # tokens are bytes
 
@@ -71,3 +73,18 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         return self.head(self.norm(self.blocks(self.token(tokens) + self.position)))
+
+
+def corpus() -> torch.Tensor:
+    """The bytes of this repository's documents, as int64."""
+    files = [*sorted(ROOT.glob("*.md")), ROOT / "kernels" / "README.md", ROOT / "LICENSE"]
+    return torch.tensor(list(b"".join(file.read_bytes() for file in files)))
+
+
+def passages(
+    text: torch.Tensor, size: Size, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of passages from anywhere in the text, and the byte that follows each byte."""
+    starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=generator)
+    batch = text[starts + torch.arange(size.context + 1)]
+    return batch[:, :-1], batch[:, 1:]
