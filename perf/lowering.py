@@ -58,7 +58,6 @@ TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64)
 ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
 
-SM_REGISTERS = 65536  # registers of an SM, on all three targets
 WIDE = 16  # bytes of the widest access that all three targets have
 
 
@@ -251,7 +250,7 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
 
     warps = arguments["num_warps"]
     block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
-    blocks = min(SM_REGISTERS // block_registers, 64 // warps, 32)
+    blocks = min(heuristics.SM_REGISTERS // block_registers, 64 // warps, 32)
     sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
     tile = tuple(arguments[name] for name in sizes)
     tile_bytes = tile[0] * tile[1] * case.itemsize

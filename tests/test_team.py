@@ -75,8 +75,8 @@ def test_running_statistics(device, monkeypatch, request):
     assert not torch.equal(split[0], torch.zeros(6, device=device))
 
 
-PIECES = Pieces(block_c=64, block_s=32, images=1, steps=4, num_warps=4)
-LINES = Pieces(block_c=1, block_s=2048, images=1, steps=4, num_warps=4)
+PIECES = Pieces(block_c=64, block_s=32, images=1, steps=4, num_warps=4, registers=None)
+LINES = Pieces(block_c=1, block_s=2048, images=1, steps=4, num_warps=4, registers=None)
 
 
 @pytest.fixture

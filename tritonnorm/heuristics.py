@@ -14,6 +14,7 @@ from math import ceil
 WARP = 32
 MIN_WARPS = 4
 MAX_WARPS = 32
+SM_REGISTERS = 65536  # and the most that a block can have
 
 FORWARD_ELEMENTS = 16
 """Elements a thread holds in the forward pass: two 16-byte loads of bfloat16 in flight, at 32 to 48
@@ -90,9 +91,9 @@ PIECE_WARPS = 4
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
 
-PIECE_REGISTERS = {2: None, 4: None, 8: 128}
-"""Registers a thread, at most, that the assembler is told. Left alone it takes 64 for the moments of
-float64 on sm_100, and spills."""
+WIDE_REGISTERS = 128
+"""Registers a thread, at most, that the assembler is told to use in float64, tensors' or folds'. Left
+alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 PIECE_ELEMENTS = 8192
 """The smallest piece: 16 KB of bfloat16. One image of 320 channels of 64 x 64 gives 160 of them, more
@@ -141,6 +142,11 @@ def _warps(elements: int, a_thread: int) -> int:
 def _warps_of(elements: int, a_thread: int) -> int:
     """Warps of a tile that may be too small for `MIN_WARPS`."""
     return min(max(elements // (a_thread * WARP), 1), MAX_WARPS)
+
+
+def _registers(warps: int, itemsize: int) -> int | None:
+    """Registers a thread, at most, of a block of so many warps; None to leave it to the assembler."""
+    return min(WIDE_REGISTERS, SM_REGISTERS // (warps * WARP)) if itemsize == 8 else None
 
 
 def _row_tile(n, itemsize, strided, *, a_thread, resident, chunk, strided_tile) -> RowTile:
@@ -215,6 +221,7 @@ class GroupTile:
     block_c: int
     block_s: int
     num_warps: int
+    registers: int | None
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,7 @@ class Pieces:
     images: int
     steps: int
     num_warps: int
-    registers: int | None = None
+    registers: int | None
 
     def count(self, n: int, s: int) -> int:
         """Pieces of a block of channels."""
@@ -258,7 +265,8 @@ def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> Gro
         aligned = whole or _whole_words(count * cg, itemsize)
         quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
         if best is None or quality > best[0]:
-            best = quality, GroupTile(count, block_c, block_s, _warps_of(block_c * block_s, a_thread))
+            warps = _warps_of(block_c * block_s, a_thread)
+            best = quality, GroupTile(count, block_c, block_s, warps, _registers(warps, itemsize))
     if best is None or not best[0][0]:
         return None
     return best[1]
@@ -312,7 +320,7 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pie
         images, parts = 1, max(min(s // smallest, GROUP_PARTS), 1)
     steps = ceil(s / parts / block_s)
     warps = _warps_of(block_c * block_s, a_thread)
-    return Pieces(block_c, block_s, images, steps, warps, PIECE_REGISTERS[itemsize])
+    return Pieces(block_c, block_s, images, steps, warps, _registers(warps, itemsize))
 
 
 def channel_forward(

@@ -70,6 +70,7 @@ def _in_tile(sets: Sets, tile: heuristics.GroupTile):
         BLOCK_C=tile.block_c,
         BLOCK_S=tile.block_s,
         num_warps=tile.num_warps,
+        maxnreg=tile.registers,
         **sets.arguments,
     )
 

@@ -97,7 +97,16 @@ def _fold(sets: Sets, pieces: heuristics.Pieces):
     tile = heuristics.fold_sets(count, sets.cg if one_set else pieces.block_c)
     programs = images * (sets.view.c // sets.cg if one_set else ceil(sets.view.c / tile.block_n))
     arguments = dict(CG=sets.cg, SETS=sets.an_image, PIECES=count, ONE_SET=one_set, BLOCK_P=tile.rows)
-    return (programs,), arguments, dict(BLOCK_C=tile.block_n, num_warps=tile.num_warps, **FP_FUSION)
+    return (
+        (programs,),
+        arguments,
+        dict(
+            BLOCK_C=tile.block_n,
+            num_warps=tile.num_warps,
+            maxnreg=heuristics.WIDE_REGISTERS,
+            **FP_FUSION,
+        ),
+    )
 
 
 def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.Team | None:
