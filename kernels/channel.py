@@ -180,7 +180,7 @@ def piece_moments(
             share = tile_count / (count + tile_count)
             delta = tile_mean - mean
             mean += delta * share
-            squares += tile_squares + delta * delta * (count * share)
+            squares += tile_squares + delta * (count * share) * delta  # no inf * 0 in the first tile
             count += tile_count
 
     return shift.to(tl.float64) + mean.to(tl.float64), squares
@@ -485,12 +485,9 @@ def channel_input_gradient(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     sets = set_numbers(bounds[0], channels, CG, SETS)
-    mean, rstd, c1, c2 = (
-        load_channels(mean_ptr, sets, present, dtype),
-        load_channels(rstd_ptr, sets, present, dtype),
-        load_channels(c1_ptr, sets, present, dtype),
-        load_channels(c2_ptr, sets, present, dtype),
-    )
+    mean, rstd = load_statistics(mean_ptr, rstd_ptr, None, None, sets, present, dtype)
+    c1 = load_channels(c1_ptr, sets, present, dtype)
+    c2 = load_channels(c2_ptr, sets, present, dtype)
 
     piece_input_gradient(
         dy_ptr,

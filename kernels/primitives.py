@@ -1,4 +1,4 @@
-"""Device functions that every kernel is made of. Notation: kernels/README.md."""
+"""Device functions that kernels are made of; tiles are those of rows. Notation: kernels/README.md."""
 
 import triton
 import triton.language as tl

@@ -35,7 +35,7 @@ def shape(request, monkeypatch):
     if request.param == "resident":
         return (2, 6, 4, 5)
     make_small(monkeypatch)
-    return (2, 6, 13, 11)
+    return (2, 4, 13, 11)
 
 
 def make_small(monkeypatch):
@@ -177,13 +177,11 @@ def test_zero_variance(operator, shape, value, device):
 
 
 @every_operator
-@every_format
-def test_special_values(operator, shape, memory_format, device):
+def test_special_values(operator, shape, device):
     """NaN and infinities spoil their own set alone, as in PyTorch."""
     x = torch.randn(shape, device=device)
     x[0, 0, 0, 1] = float("nan")
     x[0, 2, 1, 0] = float("inf")
-    x = in_format(x, memory_format)
     groups = GROUPS[operator.name]
     y = operator.ours(x, None, None, groups)
     expected = operator.theirs(x, None, None, groups)
@@ -225,11 +223,10 @@ GRADIENTS = {
 
 
 @every_operator
-@every_format
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_gradient_strides(operator, shape, memory_format, gradient, device):
+def test_gradient_strides(operator, shape, gradient, device):
     """Gradients as autograd delivers them: broadcast, or in another memory format than x."""
-    x, dy = (in_format(torch.randn(shape, device=device), memory_format) for _ in range(2))
+    x, dy = (in_format(torch.randn(shape, device=device), "channels_last") for _ in range(2))
     weight, bias = torch.randn(2, shape[1], device=device)
     compare(operator, x, weight, bias, GRADIENTS[gradient](dy), GROUPS[operator.name])
 
@@ -265,9 +262,8 @@ def test_only_the_needed_gradients(operator, shape, needed, device):
 
 
 @every_operator
-@every_format
-def test_same_bits_again(operator, shape, memory_format, device):
-    x, dy = (in_format(torch.randn(shape, device=device), memory_format) for _ in range(2))
+def test_same_bits_again(operator, shape, device):
+    x, dy = torch.randn(2, *shape, device=device)
     weight, bias = torch.randn(2, shape[1], device=device)
     first, second = (run(operator, x, weight, bias, dy, GROUPS[operator.name]) for _ in range(2))
     assert torch.equal(first[0], second[0])
@@ -364,16 +360,16 @@ def test_frozen(memory_format, device):
 @every_format
 def test_gradcheck_twice(operator, memory_format, device):
     """First and second derivatives, numerically, in float64."""
-    x = in_format(torch.randn(2, 4, 3, device=device, dtype=torch.float64), memory_format)
+    x = in_format(torch.randn(2, 4, 2, device=device, dtype=torch.float64), memory_format)
     weight, bias = torch.randn(2, 4, device=device, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     groups = GROUPS[operator.name]
     assert torch.autograd.gradcheck(lambda *t: operator.ours(*t, groups), leaves)
-    assert torch.autograd.gradgradcheck(lambda *t: operator.ours(*t, groups), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: operator.ours(*t, groups), leaves, fast_mode=True)
 
 
 def test_gradcheck_twice_in_evaluation(device):
-    x = torch.randn(2, 4, 3, device=device, dtype=torch.float64)
+    x = torch.randn(2, 4, 2, device=device, dtype=torch.float64)
     weight, bias, mean = torch.randn(3, 4, device=device, dtype=torch.float64)
     var = torch.rand(4, device=device, dtype=torch.float64) + 0.1
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -452,3 +448,22 @@ def test_evaluation_before_a_training_step(device):
     tF.batch_norm(x, mean, var, None, None, True, 0.9, EPS)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx.double(), expected, rtol=1e-6, atol=0)
+
+
+@every_operator
+def test_values_whose_squares_overflow(operator, shape, device):
+    """Finite everywhere, with a variance that is not: zeros, as in PyTorch."""
+    x = 1e20 * torch.randn(shape, device=device)
+    groups = GROUPS[operator.name]
+    y = operator.ours(x, None, None, groups)
+    assert torch.equal(y, torch.zeros_like(y))
+    torch.testing.assert_close(y, operator.theirs(x, None, None, groups))
+
+
+@every_operator
+def test_second_derivative_of_an_empty_tensor(operator, device):
+    x = torch.randn(0, 4, 3, device=device, requires_grad=True)
+    weight, bias = (torch.randn(4, device=device, requires_grad=True) for _ in range(2))
+    y = operator.ours(x, weight, bias, GROUPS[operator.name])
+    dx, _, _ = torch.autograd.grad(y.sum(), (x, weight, bias), create_graph=True)
+    assert dx.shape == x.shape

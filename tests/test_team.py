@@ -20,7 +20,7 @@ SETS = [
     (GROUP_NORM, (2, 12, 5, 5), 1),
     (GROUP_NORM, (1, 40, 4, 4), 4),
     (INSTANCE_NORM, (2, 3, 19, 21), None),
-    (BATCH_NORM, (5, 3, 13, 11), None),
+    (BATCH_NORM, (3, 6, 13, 11), None),
     (BATCH_NORM, (3, 17, 9, 9), None),
 ]
 

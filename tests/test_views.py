@@ -181,3 +181,9 @@ def test_tensors_of_two_memory_formats_have_no_adjacent_dimension():
 @pytest.mark.parametrize("x", [IMAGES[..., 1:-1], IMAGES.transpose(2, 3)])
 def test_no_channel_view(x):
     assert channel_view(x.shape, False, (x.stride(),)) is None
+
+
+def test_images_are_not_merged_to_more_positions_than_int32_holds():
+    for images, merged in ((2**20 - 1, 1), (2**20, 2**20)):
+        view = channel_view((images, 4, 1024), True, ((4096, 1, 4),))
+        assert view.n == merged

@@ -158,7 +158,7 @@ def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):
         dims = (0, 2, 3) if over == "batch" else (2, 3)
         x_hat = x_hat - x_hat.mean(dims, keepdim=True)
         variance = x_hat.square().mean(dims, keepdim=True)
-    y = (x_hat * torch.rsqrt(variance + eps)).reshape(n, c, -1)
+    y = (x_hat * torch.rsqrt(variance + eps)).reshape(n, c, prod(x.shape[2:]))
     if weight is not None:
         y = y * weight[:, None]
     if bias is not None:

@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LARGEST_SET = 2**31 - 2**16
-"""Elements that share statistics: their indices are int32, with room for the last chunk of a loop."""
+LARGEST_SET = 2**30
+"""Elements that share statistics: their indices are int32, with room for a last chunk or part."""
 
 
 def is_plain(*tensors) -> bool:

@@ -117,8 +117,9 @@ room for them at 4 warps each."""
 TEAM_L2_SHARE = 1 / 3
 """Part of L2 that units in flight may take: they are read again from there, beside what is written."""
 
-FOLD_SET_ELEMENTS = 1024
-"""Elements of a step of a fold of moments, in float64."""
+FOLD_SET_ELEMENTS, FOLD_SET_COLUMNS = 1024, 4
+"""Elements of a step of a fold of moments, in float64, and its channels: a sector of 32 bytes, so that
+the 4,096 pieces of a batch of 64 channels are folded by 16 programs in 16 steps (unmeasured)."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ def channel_backward(
 
 def fold_sets(pieces: int, channels: int) -> RowTile:
     """The fold of so many pieces of the channels of a program: those of a group, or single ones."""
-    block_c = min(_power_of_two(channels), FOLD_COLUMNS)
+    block_c = min(_power_of_two(channels), FOLD_SET_COLUMNS)
     rows = min(_power_of_two(pieces), FOLD_SET_ELEMENTS // block_c)
     return RowTile(rows, block_c, MIN_WARPS)
 

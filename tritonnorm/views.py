@@ -11,6 +11,9 @@ from functools import lru_cache
 from math import prod
 
 ROW_LEVELS = 3
+MOST_POSITIONS = 2**30
+"""Positions, at most, to which images are merged: with a part of them added, int32 holds them still."""
+
 LARGEST_ALIGNMENT = 16  # elements: 16 bytes or more, which is as wide as accesses are
 
 
@@ -133,7 +136,7 @@ def channel_view(shape, over_batch, strides) -> ChannelView | None:
     n, c, s = shape[0], shape[1], prod(shape[2:])
     if over_batch:
         batch, batch_merged = merge((n, *shape[2:]), [(steps[0], *steps[2:]) for steps in strides])
-        if len(batch) < 2:
+        if len(batch) < 2 and n * s < MOST_POSITIONS:
             n, s, merged = 1, n * s, batch_merged
     steps = [(full[0], full[1], m[0] if m else 1) for full, m in zip(strides, merged, strict=True)]
 

@@ -108,9 +108,9 @@ class _Running:
         """Moves them towards the average of the images' statistics, as InstanceNorm does."""
         for given, values in zip(self.given, (mean, variance), strict=True):
             if given is not None:
-                average = values.view(images, -1).mean(0)
-                average *= self.momentum * (self.unbiased if given is self.given[1] else 1)
-                given.copy_(given.to(average.dtype) * (1 - self.momentum) + average)
+                average = values.view(images, -1).mean(0, dtype=torch.float64)
+                average *= self.unbiased if given is self.given[1] else 1
+                given.copy_(given.double() * (1 - self.momentum) + average * self.momentum)
 
 
 def _zero_gradients(x, dtypes):

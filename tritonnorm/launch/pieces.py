@@ -112,7 +112,14 @@ def _fold(sets: Sets, pieces: heuristics.Pieces):
 def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.Team | None:
     """The team that takes the pieces of x and `tensors` - 1 others; None for the split form."""
     view = sets.view
-    if pieces.num_warps != heuristics.MIN_WARPS:  # a fold's, whose sums must have one order
+    _, fold, fold_tile = _fold(sets, pieces)
+    fold_shape = fold["BLOCK_P"], fold_tile["BLOCK_C"]
+    if (
+        # The sums of a fold must have one order: that of its own warps, and of a layout that the
+        # compiler does not share with tiles of x, as it does among accesses of one shape.
+        pieces.num_warps != heuristics.MIN_WARPS
+        or fold_shape in ((pieces.block_c, pieces.block_s), (pieces.block_s, pieces.block_c))
+    ):
         return None
     return heuristics.team(
         (view.n, view.c, view.s),
