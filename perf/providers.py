@@ -7,16 +7,18 @@ statistics, and GroupNorm's number of groups.
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
 import torch
 
 import tritonnorm
+from tritonnorm import heuristics
 
 from .machine import installed_version, tritonnorm_version
-from .shapes import DTYPES, OPERATORS, Case
+from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, Case
 from .traffic import floor_bytes
 
 EPS = {
@@ -41,9 +43,9 @@ MESSAGE_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Provider:
-    """Implementations of operators. `prepare` is applied to one before each case; the operators of
-    `float32_parameters` take no narrower weight and bias, those of `contiguous_only` copy an input of
-    another layout first."""
+    """Implementations of operators. `prepare` is applied to one before each case, and calls run within
+    `around()`; the operators of `float32_parameters` take no narrower weight and bias, those of
+    `contiguous_only` copy an input of another layout first."""
 
     name: str
     version: str
@@ -51,6 +53,7 @@ class Provider:
     prepare: Callable[[Callable], Callable] = lambda function: function
     float32_parameters: frozenset[str] = frozenset()
     contiguous_only: frozenset[str] = frozenset()
+    around: Callable[[], AbstractContextManager] = nullcontext
 
     def offers(self, case: Case) -> bool:
         """Whether there is an implementation to be measured."""
@@ -187,8 +190,28 @@ def _quack() -> Provider:
     )
 
 
+@contextmanager
+def _teams_allowed():
+    """While open, teams take what is held in pieces, as if that had been measured to be faster."""
+    saved = heuristics.TEAM_CAPABILITIES
+    if torch.cuda.is_available():
+        heuristics.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
+    try:
+        yield
+    finally:
+        heuristics.TEAM_CAPABILITIES = saved
+
+
+def _tritonnorm_team() -> Provider:
+    """tritonnorm with teams allowed: for heuristics.TEAM_CAPABILITIES to be set by measurement."""
+    ours = _tritonnorm()
+    operators = {name: ours.operators[name] for name in CHANNEL_OPERATORS if name != "batch_norm_eval"}
+    return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)
+
+
 LOADERS = {
     "tritonnorm": _tritonnorm,
+    "tritonnorm.team": _tritonnorm_team,
     "torch": _torch,
     "torch.compile": _torch_compile,
     "liger": _liger,
@@ -251,7 +274,21 @@ def make_inputs(case: Case, device) -> Inputs:
 
 
 def make_call(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """What is timed: the forward pass to y and the running statistics that it updates, or the backward
+    """What is timed, within what the provider has around it."""
+    with provider.around():
+        call = _make_call(provider, case, inputs)
+    if provider.around is nullcontext:
+        return call
+
+    def call_within():
+        with provider.around():
+            return call()
+
+    return call_within
+
+
+def _make_call(provider: Provider, case: Case, inputs: Inputs):
+    """The forward pass to y and the running statistics that it updates, or the backward
     pass alone to the gradients of x and of every parameter. Both as in training: the forward pass saves
     what the backward needs."""
     function = provider.prepare(provider.operators[case.operator])

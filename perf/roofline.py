@@ -63,6 +63,7 @@ DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES
 
 STYLES = {
     "tritonnorm": dict(color="#d55e00", linewidth=2.6, marker="o", markersize=5, zorder=5),
+    "tritonnorm.team": dict(color="#e69f00", linewidth=1.8, marker="o", markersize=4, zorder=4),
     "torch": dict(color="#0072b2", linewidth=1.3, marker="s", markersize=3.5),
     "torch.compile": dict(color="#56b4e9", linewidth=1.3, marker="D", markersize=3.5),
     "liger": dict(color="#009e73", linewidth=1.3, marker="^", markersize=4),

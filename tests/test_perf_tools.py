@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
 from perf import __main__ as perf_main
 from perf import bench, gpu, machine, providers, roofline, shapes
@@ -26,6 +27,7 @@ from perf.shapes import (
 from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary
 from perf.timer import DeviceTimer, Timing
 from perf.traffic import floor_bytes, tensor_bytes
+from tritonnorm import heuristics
 
 ON_GPU = torch.cuda.is_available()
 RUN = {"device": "NVIDIA H200", "tritonnorm_version": "0.1.0", "command": "python -m perf bench"}
@@ -302,6 +304,31 @@ def test_every_provider_begins_with_the_same_running_statistics():
     call()
     call()
     assert all(torch.equal(t, b) for t, b in zip(inputs.running, before, strict=True))
+
+
+def test_teams_are_allowed_within_their_providers_calls_alone(monkeypatch):
+    """Forward and backward; and its results are those of the split form."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    ours, team = providers.LOADERS["tritonnorm"](), providers.LOADERS["tritonnorm.team"]()
+    seen, chosen = [], heuristics.team
+
+    def note(*arguments):
+        seen.append(heuristics.TEAM_CAPABILITIES)
+        return chosen(*arguments)
+
+    monkeypatch.setattr(heuristics, "team", note)
+    case = Case("batch_norm", "backward", (4, 32, 16, 16), "fp32")
+    inputs = providers.make_inputs(case, "cpu")
+    expected = providers.make_call(ours, case, inputs)()
+    unaware = len(seen)
+    found = providers.make_call(team, case, inputs)()
+    if INTERPRETED:  # elsewhere PyTorch's operators serve CPU tensors
+        assert 0 < unaware < len(seen)
+    assert all(not capabilities for capabilities in seen[:unaware])
+    assert all(capabilities == {(9, 0)} for capabilities in seen[unaware:])
+    assert not heuristics.TEAM_CAPABILITIES
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_provider_of_contiguous_inputs_has_no_row_of_others(tmp_path):
