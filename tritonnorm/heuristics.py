@@ -70,7 +70,9 @@ GROUP_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 GROUP_BACKWARD_ELEMENTS_ACROSS = {2: 16, 4: 16, 8: 8}
 GROUP_FORWARD_RESIDENT = {2: 16384, 4: 16384, 8: 8192}
 GROUP_BACKWARD_RESIDENT = {2: 8192, 4: 8192, 8: 4096}
-"""Elements a thread, and largest tile, of sets of channels that are resident."""
+"""Elements a thread, and largest tile, of sets of channels that are resident: as for rows. Across
+channels_last the backward pass has 16 warps at up to 128 registers for its largest tile; 32 warps have
+64 registers each, and spill."""
 
 MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
 """Groups and channels, at most, of a tile of several groups: its folds take instructions a group."""
@@ -86,7 +88,8 @@ bandwidth of an H100 is halved."""
 CHANNEL_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 4}
 CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 PIECE_WARPS = 4
-"""Elements a thread, and warps, of a step through a piece."""
+"""Elements a thread, and warps, of a step through a piece: 40 to 96 registers. With 8 warps the moments
+of channels_last have twice as many barriers."""
 
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
