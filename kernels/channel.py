@@ -140,30 +140,41 @@ def load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype:
     return mean, rstd
 
 
-@triton.jit
-def piece_moments(
-    x_ptr,
+@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS"])
+def channel_moments(
+    x_ptr,  # [N, C, S]
+    mean_partial_ptr,  # [pieces, C], float64
+    squares_partial_ptr,  # [pieces, C]
     x_strides,
-    channels,
-    present,
-    bounds,
+    N,
+    C,
+    S,
+    IMAGES,
+    STEPS,
+    BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    program=None,
 ):
-    """Mean (float64) and sum of squared deviations of each channel of a piece, `[BLOCK_C]`.
+    """Mean and sum of squared deviations of each channel of a piece.
 
     Every tile is reduced in two passes over registers and merged (Chan, Golub and LeVeque, 1983), all
     of it relative to the channel's first element: a large common mean costs no digits, and the
     deviations of equal values are exactly zero.
     """
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
+    if program is None:
+        program = tl.program_id(0)
+    piece, channels, present, bounds = locate(
+        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
+    )
     image, last_image, first, end = bounds
     origin = x_ptr + image * x_strides[0] + first.to(tl.int64) * x_strides[2]
     shift = load_channels(origin, channels.to(tl.int64) * x_strides[1], present, dtype)
     count = tl.full((), 0.0, dtype)
-    mean = tl.zeros(channels.shape, dtype)
-    squares = tl.zeros(channels.shape, dtype)
+    mean = tl.zeros([BLOCK_C], dtype)
+    squares = tl.zeros([BLOCK_C], dtype)
 
     for n in range(image, last_image):
         for start in range(first, end, BLOCK_S):
@@ -183,153 +194,8 @@ def piece_moments(
             squares += tile_squares + delta * (count * share) * delta  # no inf * 0 in the first tile
             count += tile_count
 
-    return shift.to(tl.float64) + mean.to(tl.float64), squares
-
-
-@triton.jit
-def normalize_piece(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean,
-    rest,
-    rstd,
-    x_strides,
-    y_strides,
-    channels,
-    present,
-    bounds,
-    BLOCK_S: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """y of a piece. The mean of its channels is `mean + rest`: what float32 cannot hold of it is in
-    `rest` (or None), and goes to the constant term."""
-    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
-    image, last_image, first, end = bounds
-    factor = rstd * load_weight(weight_ptr, channels, present, dtype)
-    constant = tl.zeros(channels.shape, dtype)
-    if rest is not None:
-        constant -= rest * factor
-    if bias_ptr is not None:
-        constant += load_channels(bias_ptr, channels, present, dtype)
-
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
-            y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
-            store_tile(y_ptr, y, n, channels, positions, mask, y_strides, ADJACENT, ALIGN)
-
-
-@triton.jit
-def piece_gradient_sums(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    weight_ptr,
-    mean,
-    rstd,
-    dy_strides,
-    x_strides,
-    dx_strides,
-    channels,
-    present,
-    bounds,
-    BLOCK_S: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """sum(dy * x_hat) and sum(dy) of each channel of a piece, `[BLOCK_C]`; and where `dx_ptr` is not
-    None the dx of statistics that are constants, weight * dy * rstd."""
-    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
-    image, last_image, first, end = bounds
-    factor = rstd * load_weight(weight_ptr, channels, present, dtype)
-    dweight = tl.zeros([channels.shape[0], BLOCK_S], dtype)
-    dbias = tl.zeros([channels.shape[0], BLOCK_S], dtype)
-
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
-            dweight += tl.where(mask, dy * ((x - mean[:, None]) * rstd[:, None]), 0.0)
-            dbias += dy
-            if dx_ptr is not None:
-                dx = dy * factor[:, None]
-                store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
-
-    return tl.sum(dweight, axis=1), tl.sum(dbias, axis=1)
-
-
-@triton.jit
-def piece_input_gradient(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    weight_ptr,
-    mean,
-    rstd,
-    c1,
-    c2,
-    dy_strides,
-    x_strides,
-    dx_strides,
-    channels,
-    present,
-    bounds,
-    BLOCK_S: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """dx of a piece, from the c1 and c2 of its channels' sets."""
-    dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
-    image, last_image, first, end = bounds
-
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
-            x_hat = (x - mean[:, None]) * rstd[:, None]
-            wdy = dy
-            if weight_ptr is not None:
-                wdy *= load_channels(weight_ptr, channels, present, dtype)[:, None]
-            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
-            store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
-
-
-@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS"])
-def channel_moments(
-    x_ptr,  # [N, C, S]
-    mean_partial_ptr,  # [pieces, C], float64
-    squares_partial_ptr,  # [pieces, C]
-    x_strides,
-    N,
-    C,
-    S,
-    IMAGES,
-    STEPS,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ADJACENT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    program=None,
-):
-    if program is None:
-        program = tl.program_id(0)
-    piece, channels, present, bounds = locate(
-        program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
-    )
-
-    mean, squares = piece_moments(x_ptr, x_strides, channels, present, bounds, BLOCK_S, ADJACENT, ALIGN)
-
     partial = piece.to(tl.int64) * C + channels
-    tl.store(mean_partial_ptr + partial, mean, present)
+    tl.store(mean_partial_ptr + partial, shift.to(tl.float64) + mean.to(tl.float64), present)
     tl.store(squares_partial_ptr + partial, squares, present)
 
 
@@ -359,36 +225,30 @@ def channel_normalize(
     ALIGN: tl.constexpr,
     program=None,
 ):
+    """y of a piece. What float32 could not hold of the mean goes to the constant term."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = tl.program_id(0)
     _, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    sets = set_numbers(bounds[0], channels, CG, SETS)
+    image, last_image, first, end = bounds
+    sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
+    factor = rstd * load_weight(weight_ptr, channels, present, dtype)
+    constant = tl.zeros([BLOCK_C], dtype)
     if rest_ptr is not None:
-        rest = load_channels(rest_ptr, sets, present, dtype)
-    else:
-        rest = None
+        constant -= load_channels(rest_ptr, sets, present, dtype) * factor
+    if bias_ptr is not None:
+        constant += load_channels(bias_ptr, channels, present, dtype)
 
-    normalize_piece(
-        x_ptr,
-        y_ptr,
-        weight_ptr,
-        bias_ptr,
-        mean,
-        rest,
-        rstd,
-        x_strides,
-        y_strides,
-        channels,
-        present,
-        bounds,
-        BLOCK_S,
-        ADJACENT,
-        ALIGN,
-    )
+    for n in range(image, last_image):
+        for start in range(first, end, BLOCK_S):
+            positions = start + tl.arange(0, BLOCK_S)
+            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+            y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
+            store_tile(y_ptr, y, n, channels, positions, mask, y_strides, ADJACENT, ALIGN)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
@@ -419,37 +279,37 @@ def channel_gradient_sums(
     ALIGN: tl.constexpr,
     program=None,
 ):
-    """The sums that c1, c2, dweight and dbias are made of; and dx, where statistics are constants."""
+    """sum(dy * x_hat) and sum(dy) of each channel of a piece: c1, c2, dweight and dbias are made of
+    them. And where statistics are constants, dx = weight * dy * rstd."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = tl.program_id(0)
     piece, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    sets = set_numbers(bounds[0], channels, CG, SETS)
+    image, last_image, first, end = bounds
+    sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
 
-    dweight, dbias = piece_gradient_sums(
-        dy_ptr,
-        x_ptr,
-        dx_ptr,
-        weight_ptr,
-        mean,
-        rstd,
-        dy_strides,
-        x_strides,
-        dx_strides,
-        channels,
-        present,
-        bounds,
-        BLOCK_S,
-        ADJACENT,
-        ALIGN,
-    )
+    factor = rstd * load_weight(weight_ptr, channels, present, dtype)
+    dweight = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+    dbias = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+
+    for n in range(image, last_image):
+        for start in range(first, end, BLOCK_S):
+            positions = start + tl.arange(0, BLOCK_S)
+            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
+            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+            dweight += tl.where(mask, dy * ((x - mean[:, None]) * rstd[:, None]), 0.0)
+            dbias += dy
+            if dx_ptr is not None:
+                dx = dy * factor[:, None]
+                store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
 
     partial = piece.to(tl.int64) * C + channels
-    tl.store(dweight_partial_ptr + partial, dweight, present)
-    tl.store(dbias_partial_ptr + partial, dbias, present)
+    tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=1), present)
+    tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=1), present)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
@@ -484,27 +344,21 @@ def channel_input_gradient(
     _, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    sets = set_numbers(bounds[0], channels, CG, SETS)
+    image, last_image, first, end = bounds
+    sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, None, None, sets, present, dtype)
     c1 = load_channels(c1_ptr, sets, present, dtype)
     c2 = load_channels(c2_ptr, sets, present, dtype)
 
-    piece_input_gradient(
-        dy_ptr,
-        x_ptr,
-        dx_ptr,
-        weight_ptr,
-        mean,
-        rstd,
-        c1,
-        c2,
-        dy_strides,
-        x_strides,
-        dx_strides,
-        channels,
-        present,
-        bounds,
-        BLOCK_S,
-        ADJACENT,
-        ALIGN,
-    )
+    for n in range(image, last_image):
+        for start in range(first, end, BLOCK_S):
+            positions = start + tl.arange(0, BLOCK_S)
+            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
+            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+            x_hat = (x - mean[:, None]) * rstd[:, None]
+            wdy = dy
+            if weight_ptr is not None:
+                wdy *= load_channels(weight_ptr, channels, present, dtype)[:, None]
+            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
+            store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
