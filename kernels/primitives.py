@@ -87,6 +87,16 @@ def inverse_deviation(variance, eps):
 
 
 @triton.jit
+def square_root(x):
+    """sqrt(x), correctly rounded."""
+    if x.dtype == tl.float64:
+        root = tl.sqrt(x)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
+
+
+@triton.jit
 def without_padding(x, mask, N: tl.constexpr):
     """x with zeros in the padding lanes of its rows. Where the tile has none, nothing is selected; rows
     past the last hold what their zeros led to, and are not stored."""
@@ -108,10 +118,7 @@ def row_spread(sum_of_squares, eps, N: tl.constexpr, NORM: tl.constexpr):
     """What is saved of a row's spread: its norm for "l2", else 1 / sqrt(mean of squares + eps)."""
     if NORM == "l2":
         # The norm, not its inverse: whether eps clamped it is asked again in the backward pass.
-        if sum_of_squares.dtype == tl.float64:
-            result = tl.sqrt(sum_of_squares)
-        else:
-            result = tl.sqrt_rn(sum_of_squares)
+        result = square_root(sum_of_squares)
     else:
         result = inverse_deviation(divide(sum_of_squares, N), eps)
     return result

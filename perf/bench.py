@@ -185,8 +185,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(DEFAULT_SETS),
         metavar="SHAPE",
-        help="ROWSxCOLUMNS, IMAGESxCHANNELS[xSPATIAL...][:GROUPS], or sets of them; an operator takes "
-        f"those of its kind (default: {' '.join(DEFAULT_SETS)}). {sets}",
+        help="ROWSxCOLUMNS, IMAGESxCHANNELS[xSPATIAL...][:GROUPS], [LAYERSx]OUTPUTSxINPUTS[xKERNEL...], "
+        "or sets of them; an operator takes those of its kind "
+        f"(default: {' '.join(DEFAULT_SETS)}). {sets}",
     )
     parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="default: bench.csv")
     parser.add_argument(

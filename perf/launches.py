@@ -30,6 +30,7 @@ def in_layout(x, layout: str):
 class _Observed:
     def __init__(self, kernel, observer):
         self.kernel, self.observer = kernel, observer
+        self.__name__ = kernel.__name__
 
     def __getitem__(self, grid):
         return lambda **arguments: self.observer(self.kernel, grid, arguments)
@@ -42,7 +43,7 @@ def observe(observer):
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
     kinds = (KernelInterface, _Observed)
-    modules = (launch.rows, launch.channels, launch.pieces, launch.common)
+    modules = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
     kernels = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, kinds)]
     for module, name, kernel in kernels:
         setattr(module, name, _Observed(kernel, observer))
@@ -54,12 +55,19 @@ def observe(observer):
 
 
 def tensors(arguments):
-    """The tensors of a launch by the names that kernels/README.md gives them."""
-    return {
+    """The tensors of a launch by the names that kernels/README.md gives them; of many weights at once,
+    whose pointers are in a table, `x[0]`, `x[1]` and so on."""
+    found = {
         name.removesuffix("_ptr"): value
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor)
     }
+    if "table" in found:
+        for name, members in found["table"].operands.items():
+            if members is not None:
+                del found[name]
+                found |= {f"{name}[{i}]": member for i, member in enumerate(members)}
+    return found
 
 
 def _parameters(case: Case):
@@ -127,6 +135,20 @@ def _run_channels(case: Case, x) -> None:
         launch.channel_backward(torch.ones_like(x), x, weight, *statistics, groups, over, **needed)
 
 
+def _run_weights(case: Case, shapes) -> None:
+    """A tensor of each shape, all at once."""
+    dim = OPERATORS[case.operator].dim
+    xs = [torch.ones(shape, dtype=DTYPES[case.dtype]) for shape in shapes]
+    norms, dims = case.sets // len(xs), [dim] * len(xs)
+    gains = [torch.ones(norms, dtype=case.parameter_dtype) for _ in xs]
+    if case.direction == "forward":
+        launch.weights_forward(xs, gains, dims, save_statistics=True)
+        return
+    spreads = [torch.ones(norms, dtype=compute_dtype(x)) for x in xs]
+    needed = [True] * len(xs)
+    launch.weights_backward([torch.ones_like(x) for x in xs], xs, gains, spreads, dims, needed, needed)
+
+
 @contextmanager
 def teams():
     """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
@@ -142,9 +164,15 @@ def teams():
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`; "team"
-    has teams take what is held in pieces."""
+    has teams take what is held in pieces; "halved" has each layer of a stack take channels half as long
+    as those of the one before."""
     dtype = DTYPES[case.dtype]
-    if OPERATORS[case.operator].family == "channels":
+    if OPERATORS[case.operator].family == "weights":
+        shapes = [layer.shape for layer in case.layers]
+        if variant == "halved":
+            shapes = [(*shape[:-1], shape[-1] >> i) for i, shape in enumerate(shapes)]
+        _run_weights(case, shapes)
+    elif OPERATORS[case.operator].family == "channels":
         with teams() if variant == "team" else nullcontext():
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
     elif variant == "strided":

@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -55,6 +56,19 @@ does not reach the code, but for BatchNorm."""
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
 
+WEIGHT_SIZES = tuple(2**k for k in range(15))
+"""Elements of a channel: every power of two is a tile of its own as long as channels are resident."""
+
+WEIGHT_ODD_SIZES = (27, 255, 511, 4095)
+"""Channels that are no multiple of 16 bytes, as of 3x3 on 3 colours: narrow accesses, and the registers
+of as many addresses."""
+
+WEIGHT_PIECES = {"weight_norm_dim1": ((512, 256), (64, 128, 256)), "weight_norm_all": ((512, 512),)}
+"""Weights whose channels no program holds: side by side in memory, or with adjacent elements."""
+
+LAYERS = (11, 64, 8192)
+"""A stack whose channels, halved from layer to layer, have every tile from 8,192 down to 8 elements."""
+
 ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
 
@@ -90,8 +104,8 @@ class Lowered:
     direction: str
     shape: str
     dtype: str
-    layout: str  # "contiguous", "channels_last", or "strided" rows
-    tile: tuple[int, int]
+    layout: str  # "contiguous", "channels_last", or the variant of `launches.run`
+    tiles: list[tuple[int, int]]  # one; or several, of which a program takes one
     line: int  # elements that are adjacent in memory, which decide how wide an access can be
     num_warps: int
     registers: int
@@ -101,8 +115,13 @@ class Lowered:
     instructions_per_byte: float | None = None  # warp instructions a byte of activations
 
     @property
+    def tile(self) -> tuple[int, int]:
+        """The tile; of several that of the longest lines."""
+        return self.tiles[-1]
+
+    @property
     def tile_bytes(self) -> int:
-        return self.tile[0] * self.tile[1] * DTYPES[self.dtype].itemsize
+        return prod(self.tile) * DTYPES[self.dtype].itemsize
 
     def tile_widths(self, tensor: str) -> list[int]:
         """Bytes of each access to the tiles of a tensor."""
@@ -128,8 +147,9 @@ class Lowered:
             if min(widths) < WIDE:
                 found.append(f"{tensor}: accesses of {min(widths)} bytes")
             touched = sum(widths) * self.num_warps * heuristics.WARP
-            if touched != self.tile_bytes and self.kernel not in SWEEPS:
-                found.append(f"{tensor}: touches {touched} bytes of a tile of {self.tile_bytes}")
+            held = sum(map(prod, self.tiles)) * DTYPES[self.dtype].itemsize
+            if touched != held and self.kernel not in SWEEPS:
+                found.append(f"{tensor}: touches {touched} bytes of a tile of {held}")
         return found
 
 
@@ -211,11 +231,25 @@ TILE_SIZES = (
     ("BLOCK_P", "BLOCK_C"),
     ("BLOCK_P", "BLOCK_N"),
 )
-"""Parameters that are the sizes of a tile: a kernel has one of these pairs, a team's also a fold's."""
+"""Parameters that are the sizes of a tile: a kernel has one of these pairs, a team's also a fold's; or
+TILES, which are several."""
+
+
+def _tiles(arguments) -> list[tuple[int, int]]:
+    """The tiles that a program may take, that of the longest lines last."""
+    if "TILES" in arguments:
+        return sorted(arguments["TILES"], key=lambda tile: tile[1])
+    sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
+    return [tuple(arguments[name] for name in sizes)]
 
 
 def _line(arguments) -> int:
-    """Elements that are adjacent in memory, as far as a program goes along them; 0 in a fold."""
+    """Elements that are adjacent in memory, as far as a program goes along them; 0 in a fold. Of many
+    tensors, whose sizes are in a table, what divides all their lines."""
+    if arguments.get("table_ptr") is not None:
+        return arguments["ALIGN"]
+    if "TILES" in arguments:
+        return arguments["S"]
     if "ROWS" in arguments:
         return arguments["M" if arguments["ALIGN"] is None else "N"]
     if "ADJACENT" not in arguments:
@@ -251,9 +285,8 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
     warps = arguments["num_warps"]
     block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
     blocks = min(heuristics.SM_REGISTERS // block_registers, 64 // warps, 32)
-    sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
-    tile = tuple(arguments[name] for name in sizes)
-    tile_bytes = tile[0] * tile[1] * case.itemsize
+    tiles = _tiles(arguments)
+    tile_bytes = prod(tiles[-1]) * case.itemsize
     loads = sum(name in widths for name in ("x", "dy"))
     return Lowered(
         target=target,
@@ -262,8 +295,8 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
         direction=case.direction,
         shape=case.name,
         dtype=case.dtype,
-        layout=variant if variant == "strided" else case.layout,
-        tile=tile,
+        layout=case.layout if variant in (None, "team") else variant,
+        tiles=tiles,
         line=_line(arguments),
         num_warps=warps,
         registers=registers,
@@ -274,9 +307,9 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
 
 
 def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
-    """(case, variant) of rows and of channels, as `launches.run` takes them. float16 is lowered as
-    bfloat16 is."""
-    return row_cases(brief) + channel_cases(brief)
+    """(case, variant) of rows, of channels and of weights, as `launches.run` takes them. float16 is
+    lowered as bfloat16 is."""
+    return row_cases(brief) + channel_cases(brief) + weight_cases(brief)
 
 
 def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
@@ -290,7 +323,7 @@ def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             for shape in (shapes[operator][:1] if brief else shapes[operator])
             for dtype in dtypes
             if dtype != "fp64" or shape in shapes[operator][:2]
-            for layout in layouts_of(shape)
+            for layout in layouts_of(operator, shape)
             for direction in PASSES
         ]
 
@@ -298,6 +331,33 @@ def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
         return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16",))]
     return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16", "fp32", "fp64"))] + [
         (case, "team") for case in of(TEAM_SHAPES, ("bf16", "fp32"))
+    ]
+
+
+def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+    """Every tile of resident channels: alone in bfloat16, and all in a launch in bfloat16 and float32. A
+    few more of float32 and float64, odd sizes, and pieces."""
+
+    def of(shapes, dtype, variant=None):
+        return [
+            (Case(operator, direction, shape, dtype), variant)
+            for operator in shapes
+            for shape in shapes[operator]
+            for direction in PASSES
+        ]
+
+    def rows(*lengths):
+        return {"weight_norm": [(ROWS, n) for n in lengths]}
+
+    if brief:
+        return of(rows(1024, 8192) | WEIGHT_PIECES, "bf16")
+    across = {"weight_norm_dim1": WEIGHT_PIECES["weight_norm_dim1"][:1]}
+    return [
+        *of(rows(*WEIGHT_SIZES, *WEIGHT_ODD_SIZES) | WEIGHT_PIECES, "bf16"),
+        *of(rows(1, 255, 4096) | across, "fp32"),
+        *of(rows(1024) | across, "fp64"),
+        *of({"weight_norms": [LAYERS]}, "bf16", "halved"),
+        *of({"weight_norms": [LAYERS]}, "fp32", "halved"),
     ]
 
 

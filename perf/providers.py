@@ -2,11 +2,12 @@
 
 Every provider offers some of the operators as functions `(x, *parameters) -> y` with the same eps, and
 is called through the interface that its users call. Behind the parameters come BatchNorm's running
-statistics, and GroupNorm's number of groups.
+statistics, and GroupNorm's number of groups. Operators of a stack of layers are functions
+`(*xs, *parameters) -> ys`.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ import tritonnorm
 from tritonnorm import heuristics
 
 from .machine import installed_version, tritonnorm_version
-from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, Case
+from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, SINGLE_WEIGHT_OPERATORS, Case
 from .traffic import floor_bytes
 
 EPS = {
@@ -93,8 +94,38 @@ def with_signatures_of_torch(functional) -> dict[str, Callable]:
     }
 
 
+def _one_after_another(weight_norm):
+    """`weight_norm` as a function of many tensors, as tritonnorm's weight_norms."""
+    return lambda vs, gs: [weight_norm(v, g, 0) for v, g in zip(vs, gs, strict=True)]
+
+
+def weight_operators(weight_norm, weight_norms=None) -> dict[str, Callable]:
+    """The operators of weights, by functions of v, g and dim, and of many tensors."""
+    weight_norms = weight_norms or _one_after_another(weight_norm)
+
+    def of_stack(*tensors):
+        vs, gs = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        return tuple(weight_norms(vs, gs))
+
+    single = {name: partial(weight_norm, dim=OPERATORS[name].dim) for name in SINGLE_WEIGHT_OPERATORS}
+    return {**single, "weight_norms": of_stack}
+
+
+def _torch_weight_norm(v, g, dim):
+    """What torch.nn.utils.parametrizations.weight_norm calls; there -1 is the norm of all."""
+    return torch._weight_norm(v, g, -1 if dim is None else dim)
+
+
+def operators_of_torch() -> dict[str, Callable]:
+    """PyTorch's own."""
+    return with_signatures_of_torch(torch.nn.functional) | weight_operators(_torch_weight_norm)
+
+
 def _tritonnorm() -> Provider:
-    return Provider("tritonnorm", tritonnorm_version(), with_signatures_of_torch(tritonnorm.functional))
+    functional = tritonnorm.functional
+    operators = with_signatures_of_torch(functional)
+    operators |= weight_operators(functional.weight_norm, functional.weight_norms)
+    return Provider("tritonnorm", tritonnorm_version(), operators)
 
 
 def _torch_version() -> str:
@@ -106,7 +137,7 @@ def _torch_version() -> str:
 
 
 def _torch() -> Provider:
-    return Provider("torch", _torch_version(), with_signatures_of_torch(torch.nn.functional))
+    return Provider("torch", _torch_version(), operators_of_torch())
 
 
 def _compiled(function):
@@ -118,8 +149,7 @@ def _compiled(function):
 
 
 def _torch_compile() -> Provider:
-    operators = with_signatures_of_torch(torch.nn.functional)
-    return Provider("torch.compile", torch.__version__, operators, prepare=_compiled)
+    return Provider("torch.compile", torch.__version__, operators_of_torch(), prepare=_compiled)
 
 
 def _liger() -> Provider:
@@ -209,9 +239,17 @@ def _tritonnorm_team() -> Provider:
     return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)
 
 
+def _tritonnorm_single() -> Provider:
+    """tritonnorm, of the layers of a stack one after another: what a launch for all of them saves."""
+    operators = weight_operators(tritonnorm.functional.weight_norm)
+    stacked = {name: operators[name] for name in operators if OPERATORS[name].stacked}
+    return Provider("tritonnorm.single", tritonnorm_version(), stacked)
+
+
 LOADERS = {
     "tritonnorm": _tritonnorm,
     "tritonnorm.team": _tritonnorm_team,
+    "tritonnorm.single": _tritonnorm_single,
     "torch": _torch,
     "torch.compile": _torch_compile,
     "liger": _liger,
@@ -239,7 +277,7 @@ def describe(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case: x and dy in its shape and layout, parameters `[n]` or `[channels]`, and
+    """The tensors of a case: x and dy in its shape and layout, parameters in `case.parameter_shape`, and
     running mean and variance `[channels]` where the operator has them."""
 
     x: torch.Tensor
@@ -247,16 +285,45 @@ class Inputs:
     dy: torch.Tensor
     running: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """What has gradients, in the order of a provider's arguments."""
+        return (self.x, *self.parameters)
 
-def make_inputs(case: Case, device) -> Inputs:
+
+@dataclass(frozen=True)
+class StackInputs:
+    """The tensors of a case of many layers: those of each, so that no gradient has to be stacked."""
+
+    layers: tuple[Inputs, ...]
+    running = ()
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """The x of every layer, then the parameters."""
+        return (*(layer.x for layer in self.layers), *(p for i in self.layers for p in i.parameters))
+
+    @property
+    def dy(self) -> tuple[torch.Tensor, ...]:
+        return tuple(layer.dy for layer in self.layers)
+
+
+def make_inputs(case: Case, device) -> Inputs | StackInputs:
     """Normally distributed inputs, the same at every run. Means of 1, and a dy that goes with x, make
     the mean, c1 and c2 as large as what they are subtracted from: a provider without is found out. So
-    is one that takes the batch's statistics for running ones, which are others."""
-    operator = OPERATORS[case.operator]
+    is one that takes the batch's statistics for running ones, which are others, or one layer for
+    another."""
     generator = torch.Generator(device).manual_seed(0)
+    if OPERATORS[case.operator].stacked:
+        return StackInputs(tuple(_make_inputs(layer, generator) for layer in case.layers))
+    return _make_inputs(case, generator)
+
+
+def _make_inputs(case: Case, generator) -> Inputs:
+    operator = OPERATORS[case.operator]
 
     def normal(*shape, dtype=case.parameter_dtype):
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
 
     def activation():
         dtype = DTYPES[case.dtype]
@@ -267,9 +334,9 @@ def make_inputs(case: Case, device) -> Inputs:
 
     x = activation().add_(1)
     dy = activation().add_(x).add_(1)
-    size = case.parameter_size
-    parameters = tuple((normal(size) + 1).requires_grad_() for _ in operator.parameters)
-    running = (normal(size) + 1, normal(size).square() + 0.5) if operator.running else ()
+    shape = case.parameter_shape
+    parameters = tuple((normal(*shape) + 1).requires_grad_() for _ in operator.parameters)
+    running = (normal(*shape) + 1, normal(*shape).square() + 0.5) if operator.running else ()
     return Inputs(x.requires_grad_(), parameters, dy, running)
 
 
@@ -289,15 +356,17 @@ def make_call(provider: Provider, case: Case, inputs: Inputs) -> Callable[[], tu
 
 def _make_call(provider: Provider, case: Case, inputs: Inputs):
     """The forward pass to y and the running statistics that it updates, or the backward
-    pass alone to the gradients of x and of every parameter. Both as in training: the forward pass saves
-    what the backward needs."""
+    pass alone to the gradients of x and of every parameter; of a stack to those of every layer. Both as
+    in training: the forward pass saves what the backward needs."""
     function = provider.prepare(provider.operators[case.operator])
-    leaves = (inputs.x, *inputs.parameters)
+    leaves = inputs.leaves
     if case.operator in provider.float32_parameters:
         leaves = (inputs.x, *(p.detach().float().requires_grad_() for p in inputs.parameters))
     running = tuple(r.clone() for r in inputs.running)  # every provider begins with the same
     others = (*running, *_groups(case))
     if case.direction == "forward":
+        if OPERATORS[case.operator].stacked:
+            return lambda: function(*leaves)
         updated = _updated(case, running)
         return lambda: (function(*leaves, *others), *updated)
     y = function(*leaves, *others)
@@ -320,24 +389,40 @@ def make_copy(case: Case, device) -> Callable[[], torch.Tensor]:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def max_error(case: Case, inputs: Inputs, outputs) -> float:
+def _chunks(case: Case) -> Iterator[tuple]:
+    """Where a chunk of the reference lies in x, and in the parameters: so many rows, images or, where
+    images share statistics, channels that it is small beside the inputs; all, where all share them."""
+    operator = OPERATORS[case.operator]
+    if not operator.sets:
+        yield ..., ...
+        return
+    size = case.channels if operator.images_share else case.shape[0]
+    step = max(REFERENCE_ELEMENTS * size // case.elements, 1)
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        chunk = (slice(None), part) if operator.images_share else part
+        if operator.family == "weights":
+            yield chunk, chunk
+        else:
+            yield chunk, part if operator.images_share else slice(None)
+
+
+def max_error(case: Case, inputs: Inputs | StackInputs, outputs) -> float:
     """The largest difference of any output from PyTorch's float64 result, relative to the largest
     magnitude of that output; NaN if there is one.
 
-    The reference is computed for as many rows, images or, where images share statistics, channels at a
-    time as keep it small beside the inputs; of contiguous tensors, whatever the layout of the case.
+    The reference is computed in chunks of contiguous tensors, whatever the layout of the case.
     """
-    function = with_signatures_of_torch(torch.nn.functional)[case.operator]
+    if OPERATORS[case.operator].stacked:
+        layers = zip(case.layers, inputs.layers, strict=True)
+        errors = [max_error(*layer, outputs[i :: case.stack]) for i, layer in enumerate(layers)]
+        return torch.tensor(errors).max().item()
+    function = operators_of_torch()[case.operator]
     backward = case.direction == "backward"
-    by_channels = OPERATORS[case.operator].images_share
-    size = case.channels if by_channels else case.shape[0]
-    step = max(REFERENCE_ELEMENTS * size // case.elements, 1)
     difference = largest = torch.zeros((), dtype=torch.float64, device=inputs.x.device)
     # What is not of x's shape: every chunk has its part of it by channels, or adds to all of it.
     totals = [torch.zeros_like(t, dtype=torch.float64) for t in outputs[1:]]
-    for start in range(0, size, step):
-        part = slice(start, start + step)
-        chunk, columns = ((slice(None), part), part) if by_channels else (part, slice(None))
+    for chunk, columns in _chunks(case):
         x, dy = (t.detach()[chunk].contiguous().double() for t in (inputs.x, inputs.dy))
         x.requires_grad_(backward)
         parameters = [p.detach()[columns].double().requires_grad_() for p in inputs.parameters]

@@ -47,7 +47,7 @@ DATASHEET_GBPS = {
 }
 """Bandwidth of the device memory as the datasheet states it, GB/s, by the name that CUDA gives."""
 
-FAMILIES = {"rows": "roofline", "channels": "roofline-channels"}
+FAMILIES = {"rows": "roofline", "channels": "roofline-channels", "weights": "roofline-weights"}
 """The families of operators, and the names of their plots."""
 
 TITLES = {
@@ -58,12 +58,17 @@ TITLES = {
     "batch_norm_eval": "BatchNorm in evaluation",
     "group_norm": "GroupNorm",
     "instance_norm": "InstanceNorm",
+    "weight_norm": "WeightNorm",
+    "weight_norm_dim1": "WeightNorm, dim=1",
+    "weight_norm_all": "WeightNorm, dim=None",
+    "weight_norms": "WeightNorm of many",
 }
 DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 STYLES = {
     "tritonnorm": dict(color="#d55e00", linewidth=2.6, marker="o", markersize=5, zorder=5),
     "tritonnorm.team": dict(color="#e69f00", linewidth=1.8, marker="o", markersize=4, zorder=4),
+    "tritonnorm.single": dict(color="#f0e442", linewidth=1.8, marker="o", markersize=4, zorder=4),
     "torch": dict(color="#0072b2", linewidth=1.3, marker="s", markersize=3.5),
     "torch.compile": dict(color="#56b4e9", linewidth=1.3, marker="D", markersize=3.5),
     "liger": dict(color="#009e73", linewidth=1.3, marker="^", markersize=4),

@@ -1,7 +1,7 @@
 """What is measured: operators, passes and shapes, each with its reason."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -21,7 +21,7 @@ DEFAULT_GROUPS = 32
 class Operator:
     """A normalization as it is measured: what shares statistics, and which tensors it takes."""
 
-    family: str  # "rows": [m, n], or "channels": [images, channels, *spatial]
+    family: str  # "rows": [m, n], "channels": [images, channels, *spatial], or "weights": of any shape
     sets: tuple[str, ...]  # sizes of a Case, whose product counts the sets that share statistics
     norm: str  # the kernel's NORM
     parameters: tuple[str, ...]
@@ -29,11 +29,17 @@ class Operator:
     wide_parameters: bool = False
     """Parameters and running statistics in float32 for 16-bit inputs: what training under autocast has
     where it does not widen the input itself, and what cuDNN requires."""
+    dim: int | None = None  # of weights, along which their norms lie; None for one norm of all
 
     @property
     def images_share(self) -> bool:
         """Whether a channel's statistics are over all images."""
         return self.sets == ("channels",)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first dimension counts layers: tensors of their own, normalized together."""
+        return "stack" in self.sets
 
 
 AFFINE = ("weight", "bias")
@@ -50,6 +56,10 @@ OPERATORS = {
     ),
     "group_norm": Operator("channels", ("images", "groups"), "layer", AFFINE),
     "instance_norm": Operator("channels", ("images", "channels"), "layer", AFFINE, wide_parameters=True),
+    "weight_norm": Operator("weights", ("m",), "l2", ("gain",), dim=0),
+    "weight_norm_dim1": Operator("weights", ("channels",), "l2", ("gain",), dim=1),
+    "weight_norm_all": Operator("weights", (), "l2", ("gain",)),
+    "weight_norms": Operator("weights", ("stack", "channels"), "l2", ("gain",), dim=0),
 }
 
 
@@ -58,22 +68,24 @@ def of_family(family: str) -> tuple[str, ...]:
     return tuple(name for name, operator in OPERATORS.items() if operator.family == family)
 
 
-ROW_OPERATORS, CHANNEL_OPERATORS = of_family("rows"), of_family("channels")
+ROW_OPERATORS, CHANNEL_OPERATORS, WEIGHT_OPERATORS = map(of_family, ("rows", "channels", "weights"))
 BATCH_OPERATORS = ("batch_norm", "batch_norm_eval")
+SINGLE_WEIGHT_OPERATORS = tuple(name for name in WEIGHT_OPERATORS if not OPERATORS[name].stacked)
 
 BRIEF_OPERATORS = ("layer_norm", "rms_norm")
 BRIEF_SIZES = (128, 1000, 4096, 8192, 16384, 65536)
 """What a table that is to be read at a glance shows: short and long rows, resident and not."""
 
 
-def layouts_of(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The layouts in which a shape exists: one where nothing is spatial."""
-    return LAYOUTS if len(shape) > 2 else LAYOUTS[:1]
+def layouts_of(operator: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The layouts in which an operator takes a shape: one where nothing is spatial."""
+    spatial = OPERATORS[operator].family == "channels" and len(shape) > 2
+    return LAYOUTS if spatial else LAYOUTS[:1]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator and pass on a tensor of rows, or of images with channels.
+    """One operator and pass on a tensor of rows, of images with channels, or of weights.
 
     Raises:
         ValueError: the operator does not take this shape, layout or number of groups.
@@ -81,16 +93,17 @@ class Case:
 
     operator: str
     direction: str  # "forward" or "backward"
-    shape: tuple[int, ...]  # [m, n] or [images, channels, *spatial]
+    shape: tuple[int, ...]  # [m, n], [images, channels, *spatial], or [layers, *shape of a layer]
     dtype: str
     layout: str = "contiguous"
     groups: int | None = None  # of group_norm alone
 
     def __post_init__(self):
         operator, dimensions = OPERATORS[self.operator], len(self.shape)
-        if dimensions < 2 or (operator.family == "rows" and dimensions > 2):
+        least = 3 if operator.stacked else 2
+        if dimensions < least or (operator.family == "rows" and dimensions > 2):
             raise ValueError(f"{self.operator} takes no tensor of {dimensions} dimensions")
-        if self.layout not in layouts_of(self.shape):
+        if self.layout not in layouts_of(self.operator, self.shape):
             raise ValueError(f"{self.name}: there is no layout {self.layout!r}")
         if (self.groups is not None) != ("groups" in operator.sets):
             raise ValueError(f"{self.operator} of {self.groups} groups")
@@ -135,9 +148,31 @@ class Case:
         return self.shape[1]
 
     @property
+    def stack(self) -> int:
+        """The number of layers."""
+        return self.shape[0]
+
+    @property
+    def layers(self) -> list["Case"]:
+        """The case of each tensor of weights that is normalized: of a stack, those of its layers."""
+        if not OPERATORS[self.operator].stacked:
+            return [self]
+        return [replace(self, operator="weight_norm", shape=self.shape[1:])] * self.stack
+
+    @property
     def parameter_size(self) -> int:
-        """Elements of a parameter: a row's, or the channels."""
-        return self.shape[1]
+        """Elements of a parameter: a row's, the channels, or of weights one a norm."""
+        return self.sets if OPERATORS[self.operator].family == "weights" else self.shape[1]
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """One dimension; of weights those of the tensor, but for the one norm of all, which has none."""
+        operator = OPERATORS[self.operator]
+        if operator.family != "weights":
+            return (self.parameter_size,)
+        if operator.dim is None:
+            return ()
+        return tuple(size if d == operator.dim else 1 for d, size in enumerate(self.shape))
 
     @property
     def elements(self) -> int:
@@ -145,7 +180,8 @@ class Case:
 
     @property
     def sets(self) -> int:
-        """How many sets of elements share statistics: rows, groups, channels of an image, channels."""
+        """How many sets of elements share statistics: rows, groups, channels of an image or of a layer,
+        channels."""
         return prod(getattr(self, size) for size in OPERATORS[self.operator].sets)
 
     @property
@@ -172,7 +208,7 @@ class ShapeSet:
     reason: str
     shapes: tuple[tuple[int, ...], ...]
     operators: tuple[str, ...] = ROW_OPERATORS
-    layouts: tuple[str, ...] = LAYOUTS  # of those in which a shape exists
+    layouts: tuple[str, ...] = LAYOUTS  # of those in which an operator takes a shape
     groups: int = DEFAULT_GROUPS  # of group_norm
 
     def cases(self, operator: str, direction: str, dtype: str) -> list[Case]:
@@ -183,7 +219,7 @@ class ShapeSet:
         return [
             Case(operator, direction, shape, dtype, layout, groups)
             for shape in self.shapes
-            for layout in layouts_of(shape)
+            for layout in layouts_of(operator, shape)
             if layout in self.layouts
         ]
 
@@ -278,18 +314,39 @@ SHAPE_SETS = {
         ((112, 64, 512, 512), (2, 32, 128, 128, 128)),
         ("instance_norm",),
     ),
+    "quick_weights": ShapeSet(
+        "a weight of 64 MB",
+        ((8192, 4096),),
+        SINGLE_WEIGHT_OPERATORS,
+    ),
+    "quick_layers": ShapeSet(
+        "layers of 64 MB together",
+        ((64, 512, 1024),),
+        ("weight_norms",),
+    ),
+    "wn": ShapeSet(
+        "WeightNorm where peers measure it, and weights of 64 MB and more, which hide the launch",
+        ((1024, 1024), (4096, 4096), (64, 512, 512), (32768, 1024), (8192, 8192)),
+        SINGLE_WEIGHT_OPERATORS,
+    ),
+    "wn_layers": ShapeSet(
+        "60 convolutions, as of a WaveNet or a vocoder: one launch or 60; and larger ones, of 64 MB",
+        ((60, 256, 256, 3), (60, 512, 512, 3)),
+        ("weight_norms",),
+    ),
 }
 
-DEFAULT_SETS = ("sweep", "networks")
-QUICK_SETS = ("quick", "quick_channels")
+DEFAULT_SETS = ("sweep", "networks", "wn", "wn_layers")
+QUICK_SETS = ("quick", "quick_channels", "quick_weights", "quick_layers")
 """Sets that together cover all operators."""
 
 
 def parse_shapes(texts) -> list[ShapeSet]:
     """The sets of these names, and a set for each text such as `4096x1024` or `8x64x32x32:16`.
 
-    Two sizes are rows and columns, or images and channels without anything spatial: BatchNorm takes
-    those too, and GroupNorm where its groups are given behind the colon.
+    Two sizes are rows and columns, images and channels without anything spatial, or outputs and inputs
+    of a weight: BatchNorm takes those too, and GroupNorm where its groups are given behind the colon.
+    Three and more are images, a weight, or layers.
 
     Raises:
         ValueError: a text is neither.
@@ -301,9 +358,10 @@ def parse_shapes(texts) -> list[ShapeSet]:
         elif match := re.fullmatch(r"([1-9]\d*(?:x[1-9]\d*)+)(?::([1-9]\d*))?", text, re.ASCII):
             shape = tuple(int(size) for size in match[1].split("x"))
             groups = {"groups": int(match[2])} if match[2] else {}
-            operators = CHANNEL_OPERATORS
+            operators = (*CHANNEL_OPERATORS, *WEIGHT_OPERATORS)
             if len(shape) == 2:
-                operators = (*ROW_OPERATORS, *BATCH_OPERATORS, *(["group_norm"] if groups else []))
+                operators = (*ROW_OPERATORS, *BATCH_OPERATORS, *SINGLE_WEIGHT_OPERATORS)
+                operators += ("group_norm",) if groups else ()
             sets.append(ShapeSet("given", (shape,), operators, **groups))
         else:
             raise ValueError(

@@ -2,8 +2,8 @@
 
 Triton's interpreter executes every load and store of a kernel on addresses that can be counted. Each
 activation and each row's statistic is counted as often as it is touched; parameters and the statistics
-of channels, which many programs read and L2 serves, once. Partial results, written and read once,
-stand beside the floor.
+of channels, which many programs read and L2 serves, once. Partial results, which L2 serves as well,
+stand beside the floor, and so does the table of the tensors of a launch.
 """
 
 import os
@@ -19,6 +19,7 @@ SIZES = (64, 128, 512, 1000, 1024, 2048, 4096, 5120, 8192, 16384, 20000, 65536)
 ROWS = 8
 ROW_STATISTICS = ("mean", "spread", "c1", "c2")
 RUNNING = ("running_mean", "running_var")
+BESIDE = ("_partial", "table")
 TOLERANCE = 0.005
 
 
@@ -31,8 +32,8 @@ def floor_bytes(case: Case) -> int:
     """The least a pass can move: each activation, statistic and parameter once.
 
     Forward: x, y, the parameters, and the statistics, which are saved, or read in evaluation; running
-    statistics that are updated are read and written. Backward: dy, x, dx, the statistics, the weight,
-    and the parameters' gradients. Activations alone are 2T and 3T.
+    statistics that are updated are read and written. Backward: dy, x, dx, the statistics, the parameters
+    but for the bias, and the parameters' gradients. Activations alone are 2T and 3T.
     """
     operator = OPERATORS[case.operator]
     statistics = case.sets * max(case.itemsize, 4) * (2 if operator.norm == "layer" else 1)
@@ -40,8 +41,8 @@ def floor_bytes(case: Case) -> int:
     if case.direction == "forward":
         updated = 2 * statistics if operator.running == "updated" else 0
         return 2 * tensor_bytes(case) + statistics + updated + parameter * len(operator.parameters)
-    weights = parameter * ("weight" in operator.parameters)
-    return 3 * tensor_bytes(case) + statistics + weights + parameter * len(operator.parameters)
+    parameters = 2 * len(operator.parameters) - ("bias" in operator.parameters)
+    return 3 * tensor_bytes(case) + statistics + parameter * parameters
 
 
 @contextmanager
@@ -76,7 +77,7 @@ class Moved:
     """What one pass of a case moved, in bytes."""
 
     case: Case
-    touched: dict[str, int]  # by tensor, as often as it is touched
+    touched: dict[str, int]  # by tensor, those of all layers as one, as often as it is touched
     distinct: dict[str, int]  # by tensor, each byte once
 
     @property
@@ -100,7 +101,7 @@ class Moved:
         return sum(
             self.touched[name] if name in counted else self.distinct[name]
             for name in self.touched
-            if not name.endswith("_partial")
+            if not name.endswith(BESIDE)
         )
 
     @property
@@ -144,8 +145,12 @@ def measure(case: Case) -> Moved:
 
     with launches.observe(launch):
         launches.run(case)
-    distinct = {name: int(elements.sum()) * sizes[name] for name, elements in seen.items()}
-    return Moved(case, dict(touched), distinct)
+    touched_of_all, distinct = Counter(), Counter()
+    for name, elements in seen.items():
+        tensor = name.partition("[")[0]  # x of x[0], a layer's
+        touched_of_all[tensor] += touched[name]
+        distinct[tensor] += int(elements.sum()) * sizes[name]
+    return Moved(case, dict(touched_of_all), dict(distinct))
 
 
 CHANNEL_SHAPES = {
@@ -158,8 +163,8 @@ CHANNEL_SHAPES = {
 
 
 def cases(brief: bool = False) -> list[Case]:
-    """Of rows and of channels."""
-    return row_cases(brief) + channel_cases(brief)
+    """Of rows, of channels and of weights."""
+    return row_cases(brief) + channel_cases(brief) + weight_cases(brief)
 
 
 def channel_cases(brief: bool = False) -> list[Case]:
@@ -170,7 +175,27 @@ def channel_cases(brief: bool = False) -> list[Case]:
         for direction in PASSES
         for shape, groups in (shapes[-1:] if brief else shapes)
         for dtype in (("bf16",) if brief or shape != shapes[0][0] else ("bf16", "fp32"))
-        for layout in layouts_of(shape)
+        for layout in layouts_of(operator, shape)
+    ]
+
+
+WEIGHT_SHAPES = {
+    "weight_norm": ((20, 768), (60, 32, 3, 3), (3, 8192), (3, 16384), (3, 20000)),
+    "weight_norm_dim1": ((150, 256), (3, 40, 200)),
+    "weight_norm_all": ((40, 1024),),
+    "weight_norms": ((3, 20, 128, 3),),
+}
+"""Channels that one program holds, up to the longest ones; and those in pieces."""
+
+
+def weight_cases(brief: bool = False) -> list[Case]:
+    """Both passes of WEIGHT_SHAPES in bfloat16, and of the first ones in float32."""
+    return [
+        Case(operator, direction, shape, dtype)
+        for operator, shapes in WEIGHT_SHAPES.items()
+        for direction in PASSES
+        for shape in (shapes[:1] if brief else shapes)
+        for dtype in (("bf16",) if brief or shape != shapes[0] else ("bf16", "fp32"))
     ]
 
 

@@ -183,3 +183,35 @@ def test_folds_have_the_warps_of_pieces():
             tile = heuristics.fold_sets(pieces, channels)
             assert tile.num_warps == heuristics.PIECE_WARPS == heuristics.MIN_WARPS
             assert tile.rows * tile.block_n <= heuristics.FOLD_SET_ELEMENTS
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["FORWARD", "BACKWARD"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_tiles_of_weights(wide, direction, itemsize):
+    """Powers of two, the smallest that hold a channel, no thread without an element; None past the limit
+    of a channel. A launch of many gives each tensor the tile that it has alone."""
+    resident = getattr(heuristics, f"WEIGHT_{direction}_RESIDENT")
+    for s in LENGTHS:
+        tile = heuristics.weight_tile(s, itemsize, resident, wide)
+        if s > resident[itemsize]:
+            assert tile is None
+            continue
+        block_c, block_s = tile
+        assert s <= block_s < 2 * s or s == block_s == 1
+        assert block_c & (block_c - 1) == block_s & (block_s - 1) == 0
+        assert block_c * block_s >= heuristics.WEIGHT_WARPS * heuristics.WARP
+        assert block_c * block_s <= max(heuristics.WEIGHT_TILE[itemsize], resident[itemsize])
+    assert list(inspect.signature(heuristics.weight_tile).parameters) == [
+        "s",
+        "itemsize",
+        "resident",
+        "wide",
+    ]
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+def test_few_positions_of_adjacent_channels_fill_a_tile(itemsize):
+    """Two images of many channels, [2, 4096]: as many elements as a tile of long columns."""
+    few, many = (heuristics.channel_forward(1, 4096, s, itemsize, "c", True) for s in (2, 4096))
+    assert few.block_c * few.block_s == many.block_c * many.block_s

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
-from perf.lowering import TARGETS, Lowered, _access_widths
+from perf.lowering import LAYERS, TARGETS, Lowered, _access_widths, weight_cases
+from perf.shapes import Case
+from tritonnorm import heuristics
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -37,6 +39,12 @@ def test_gates(target):
         "fold_moments",
         "fold_gradient_means",
         "fold_parameter_gradients",
+        "weight_forward",
+        "weight_backward",
+        "weight_squares",
+        "weight_normalize",
+        "weight_gradient_sums",
+        "weight_input_gradient",
     }
     failing = [
         (r["kernel"], r["dtype"], r["shape"], r["layout"], r["violations"])
@@ -55,7 +63,7 @@ def lowered(**changes):
         shape="64x1024",
         dtype="bf16",
         layout="contiguous",
-        tile=(1, 1024),
+        tiles=[(1, 1024)],
         line=1024,
         num_warps=4,
         registers=64,
@@ -110,10 +118,41 @@ def test_accesses_that_are_not_understood_are_an_error():
 
 def test_first_elements_may_be_read_narrowly():
     """Those of channel_moments, beside a whole tile in wide accesses; and nothing else."""
-    moments = dict(kernel="channel_moments", direction="forward", tile=(64, 32))
+    moments = dict(kernel="channel_moments", direction="forward", tiles=[(64, 32)])
     assert lowered(**moments, widths={"x": [2, 16, 16]}).violations == []
     assert "accesses of 2 bytes" in lowered(**moments, widths={"x": [2, 16]}).violations[0]
     assert "accesses of 8 bytes" in lowered(**moments, widths={"x": [8, 8, 8, 8]}).violations[0]
+
+
+def test_of_several_tiles_each_is_touched_once():
+    several = dict(kernel="weight_backward", tiles=[(4, 256), (1, 1024)], line=8)
+    assert lowered(**several).tile == (1, 1024)
+    assert lowered(**several, widths={"x": [16, 16]}).violations == []
+    assert "touches 2048 bytes of a tile of 4096" in lowered(**several).violations[0]
+
+
+def test_every_wide_tile_of_weights_is_lowered():
+    """Alone in bfloat16; together in launches of many, also of float32. And some of the narrow ones."""
+    chosen = weight_cases()
+    for resident, direction in (
+        (heuristics.WEIGHT_FORWARD_RESIDENT, "forward"),
+        (heuristics.WEIGHT_BACKWARD_RESIDENT, "backward"),
+    ):
+
+        def tile_of(n, resident=resident):
+            return heuristics.weight_tile(n, 2, resident, wide=n % 8 == 0)
+
+        wide = {tile_of(n) for n in range(8, resident[2] + 1, 8)}
+        alone = [
+            case.set_size
+            for case, variant in chosen
+            if case.kind == f"weight_norm {direction} bf16" and case.set_size <= resident[2]
+        ]
+        tiles = {tile_of(n) for n in alone}
+        assert wide < tiles
+        assert len(tiles - wide) > 4
+        for dtype in ("bf16", "fp32"):
+            assert (Case("weight_norms", direction, LAYERS, dtype), "halved") in chosen
 
 
 def test_a_tensor_without_accesses_is_a_violation():

@@ -8,10 +8,11 @@ from argparse import ArgumentParser
 import pytest
 import torch
 from conftest import INTERPRETED
+from guard import guarded
 
 from perf import __main__ as perf_main
-from perf import bench, gpu, machine, providers, roofline, shapes
-from perf.providers import Provider, with_signatures_of_torch
+from perf import bench, gpu, launches, machine, providers, roofline, shapes
+from perf.providers import Provider, operators_of_torch, weight_operators
 from perf.shapes import (
     BATCH_OPERATORS,
     CHANNEL_OPERATORS,
@@ -20,6 +21,8 @@ from perf.shapes import (
     PASSES,
     ROW_OPERATORS,
     SHAPE_SETS,
+    SINGLE_WEIGHT_OPERATORS,
+    WEIGHT_OPERATORS,
     Case,
     ShapeSet,
     parse_shapes,
@@ -31,17 +34,20 @@ from tritonnorm import heuristics
 
 ON_GPU = torch.cuda.is_available()
 RUN = {"device": "NVIDIA H200", "tritonnorm_version": "0.1.0", "command": "python -m perf bench"}
-TORCH = with_signatures_of_torch(torch.nn.functional)
+TORCH = operators_of_torch()
 TINY = Case("normalize", "forward", (1, 1), "bf16")
 
 
 def small_cases(dtype):
-    """Every operator and pass in every layout, each in chunks of a reference of 256 elements."""
+    """Every operator and pass in every layout, each in chunks of a reference of 256 elements; but one
+    norm of all is in one."""
     sets = [
         ShapeSet("rows", ((33, 64),)),
         ShapeSet("without anything spatial", ((5, 64),), BATCH_OPERATORS),
         ShapeSet("images", ((3, 64, 5, 3),), CHANNEL_OPERATORS),
         ShapeSet("lines and volumes", ((3, 8, 12), (2, 8, 3, 2, 5)), CHANNEL_OPERATORS, groups=4),
+        ShapeSet("weights", ((33, 64), (9, 16, 3, 3)), SINGLE_WEIGHT_OPERATORS),
+        ShapeSet("layers", ((3, 9, 16, 3),), ("weight_norms",)),
     ]
     return bench.make_cases(OPERATORS, PASSES, [dtype], sets)
 
@@ -91,8 +97,8 @@ def test_every_operator_and_layout_is_measured_and_plotted(names):
     cases = bench.make_cases(OPERATORS, ["forward"], ["bf16"], [SHAPE_SETS[name] for name in names])
     large = [case for case in cases if tensor_bytes(case) >= roofline.LEAST_TENSOR_BYTES]
     both = {(operator, layout) for operator in CHANNEL_OPERATORS for layout in shapes.LAYOUTS}
-    rows = {(operator, "contiguous") for operator in ROW_OPERATORS}
-    assert {(case.operator, case.layout) for case in large} == both | rows
+    others = {(operator, "contiguous") for operator in (*ROW_OPERATORS, *WEIGHT_OPERATORS)}
+    assert {(case.operator, case.layout) for case in large} == both | others
 
 
 @pytest.mark.parametrize(
@@ -103,12 +109,25 @@ def test_every_operator_and_layout_is_measured_and_plotted(names):
         ("instance_norm", (2, 12, 5, 7), None, 35),
         ("batch_norm", (2, 12, 5, 7), None, 2 * 35),
         ("batch_norm_eval", (2, 12), None, 2),
+        ("weight_norm", (12, 5, 7), None, 35),
+        ("weight_norm_dim1", (12, 5), None, 12),
+        ("weight_norm_dim1", (12, 5, 7), None, 12 * 7),
+        ("weight_norm_all", (12, 5, 7), None, 12 * 35),
+        ("weight_norms", (2, 12, 5, 7), None, 35),
     ],
 )
 def test_elements_that_share_statistics(operator, shape, groups, set_size):
     case = Case(operator, "forward", shape, "bf16", groups=groups)
     assert case.set_size == set_size
     assert case.sets * set_size == case.elements
+
+
+def test_layers_are_cases_of_their_own():
+    layer = Case("weight_norm", "backward", (12, 5, 7), "fp32")
+    stack = Case("weight_norms", "backward", (2, 12, 5, 7), "fp32")
+    assert stack.layers == [layer, layer]
+    assert layer.layers == [layer]
+    assert floor_bytes(stack) == 2 * floor_bytes(layer)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +140,9 @@ def test_elements_that_share_statistics(operator, shape, groups, set_size):
         (("batch_norm", (4, 8, 2), "contiguous", 2), "batch_norm of 2 groups"),
         (("group_norm", (4, 8, 2)), "group_norm of None groups"),
         (("group_norm", (4, 8, 2), "contiguous", 3), "4x8x2: 8 channels make no 3 groups"),
+        (("weight_norm", (4,)), "takes no tensor of 1 dimensions"),
+        (("weight_norm", (4, 8, 2), "channels_last"), "4x8x2: there is no layout 'channels_last'"),
+        (("weight_norms", (4, 8)), "weight_norms takes no tensor of 2 dimensions"),
     ],
 )
 def test_a_case_that_its_operator_does_not_take_is_refused(arguments, message):
@@ -142,7 +164,9 @@ def test_an_operator_takes_the_shapes_of_its_kind_once():
     assert made(["3x5"], OPERATORS) == [
         *("layer_norm 3x5", "rms_norm 3x5", "normalize 3x5"),
         *("batch_norm 3x5 contiguous", "batch_norm_eval 3x5 contiguous"),
+        *("weight_norm 3x5", "weight_norm_dim1 3x5", "weight_norm_all 3x5"),
     ]
+    assert made(["3x5x7"], WEIGHT_OPERATORS) == [f"{name} 3x5x7" for name in WEIGHT_OPERATORS]
     assert made(["3x6:2"], ["group_norm"]) == ["group_norm 3x6:2 contiguous"]
     assert made(["3x64x5x5", "3x6x5:2"], ["layer_norm", "group_norm", "instance_norm"]) == [
         *("group_norm 3x64x5x5:32 contiguous", "group_norm 3x64x5x5:32 channels_last"),
@@ -196,6 +220,14 @@ def test_parse_shapes_refuses_other_texts(text):
         # the same are read, and nothing saved
         (Case("batch_norm_eval", "forward", (3, 8, 4, 5), "bf16"), 2 * 960 + 2 * 32 + 2 * 32),
         (Case("batch_norm_eval", "backward", (3, 8), "bf16"), 3 * 48 + 2 * 32 + 32 + 2 * 32),
+        # v and w; the norms in float32; g
+        (Case("weight_norm", "forward", (10, 8, 3), "bf16"), 2 * 480 + 40 + 20),
+        # dw, v and dv; the norms; g and its gradient
+        (Case("weight_norm", "backward", (10, 8, 3), "bf16"), 3 * 480 + 40 + 20 + 20),
+        (Case("weight_norm_dim1", "forward", (10, 8, 3), "fp64"), 2 * 1920 + 64 + 64),
+        (Case("weight_norm_dim1", "backward", (10, 8), "fp32"), 3 * 320 + 32 + 32 + 32),
+        (Case("weight_norm_all", "backward", (10, 8, 3), "bf16"), 3 * 480 + 4 + 2 + 2),
+        (Case("weight_norms", "forward", (4, 10, 8, 3), "bf16"), 4 * (2 * 480 + 40 + 20)),
     ],
 )
 def test_floor_bytes(case, by_hand):
@@ -216,11 +248,13 @@ def test_pytorch_is_within_the_tolerance(case, monkeypatch):
     monkeypatch.setattr(providers, "REFERENCE_ELEMENTS", 256)  # in chunks, the last one smaller
     inputs = providers.make_inputs(case, "cpu")
     outputs = providers.make_call(providers.LOADERS["torch"](), case, inputs)()
-    others = inputs.parameters
+    expected = inputs.leaves
     if case.direction == "forward":
         others = inputs.running if case.operator == "batch_norm" else ()
-    assert [t.shape for t in outputs] == [inputs.x.shape, *(t.shape for t in others)]
-    assert 0 < providers.max_error(case, inputs, outputs) < bench.TOLERANCES[case.dtype] / 2
+        expected = (*inputs.leaves[: len(case.layers)], *others)
+    assert [t.shape for t in outputs] == [t.shape for t in expected]
+    part = 0.75 if case.operator == "weight_norm_all" else 0.5  # of operators that round one by one
+    assert 0 < providers.max_error(case, inputs, outputs) < part * bench.TOLERANCES[case.dtype]
 
 
 @by_label(small_cases("fp32"))
@@ -235,9 +269,27 @@ def test_one_wrong_element_of_any_output_is_seen(case, spoil, monkeypatch):
         assert not providers.max_error(case, inputs, outputs) <= 0.09
 
 
+def assert_inputs_of_weights(case, inputs):
+    """Every layer has memory, and so a gradient, of its own; and values."""
+    layers = inputs.layers if case.operator == "weight_norms" else [inputs]
+    for layer, one in zip(layers, case.layers, strict=True):
+        (g,) = layer.parameters
+        assert layer.x.is_leaf
+        assert g.is_leaf
+        assert layer.x.shape == layer.dy.shape == one.shape
+        dim = OPERATORS[one.operator].dim
+        assert g.shape == torch.norm_except_dim(layer.x, 2, -1 if dim is None else dim).shape
+        assert {t.dtype for t in (layer.x, layer.dy, g)} == {torch.bfloat16}
+    assert len({t.untyped_storage().data_ptr() for t in inputs.leaves}) == len(inputs.leaves)
+    assert len({layer.x.sum().item() for layer in layers}) == len(layers)
+
+
 @by_label(small_cases("bf16"))
 def test_inputs_are_in_the_layout_of_the_case(case):
     inputs = providers.make_inputs(case, "cpu")
+    if OPERATORS[case.operator].family == "weights":
+        assert_inputs_of_weights(case, inputs)
+        return
     for t in (inputs.x, inputs.dy):
         assert (t.shape, t.dtype) == (case.shape, torch.bfloat16)
         adjacent = t.movedim(1, -1) if case.layout == "channels_last" else t
@@ -271,6 +323,69 @@ def test_a_provider_that_is_wrong_in_one_layout_is_seen(operator, direction, tmp
     rows = measured(tmp_path / "bench.csv", [provider], cases)
     status = {row["layout"]: row["status"] for row in rows if row["provider"] == "confused"}
     assert status == {"contiguous": "ok", "channels_last": "wrong"}
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_layers_that_are_taken_for_each_other_are_seen(direction, tmp_path):
+    def swapped(vs, gs):
+        return [torch._weight_norm(v, g, 0) for v, g in zip(vs, (gs[0], gs[2], gs[1]), strict=True)]
+
+    provider = Provider("swapped", "1", weight_operators(torch._weight_norm, swapped))
+    case = Case("weight_norms", direction, (3, 8, 16), "fp32")
+    rows = measured(tmp_path / "bench.csv", [provider], [case])
+    assert rows[1]["status"] == "wrong"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU CPU tensors take PyTorch's operators")
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(("provider", "count"), [("tritonnorm", 1), ("tritonnorm.single", 3)])
+def test_a_launch_for_all_layers_or_one_for_each(provider, count, direction):
+    """Both right, and of the same bits."""
+    case = Case("weight_norms", direction, (3, 8, 16), "bf16")
+    inputs = providers.make_inputs(case, "cpu")
+    call = providers.make_call(providers.LOADERS[provider](), case, inputs)
+    launched = []
+
+    def run(kernel, grid, arguments):
+        launched.append(kernel.__name__)
+        kernel[grid](**arguments)
+
+    with launches.observe(run):
+        outputs = call()
+    assert launched == [f"weight_{direction}"] * count
+    assert providers.max_error(case, inputs, outputs) < bench.TOLERANCES["bf16"] / 2
+    other = providers.make_call(providers.LOADERS["tritonnorm"](), case, inputs)()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
+
+
+def test_only_stacks_are_normalized_one_after_another():
+    single = providers.LOADERS["tritonnorm.single"]()
+    assert [c.operator for c in small_cases("bf16") if single.offers(c)] == ["weight_norms"] * 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="observes launches on CPU tensors")
+@pytest.mark.parametrize("direction", PASSES)
+def test_the_tensors_of_a_table_are_named(direction):
+    seen = []
+    case = Case("weight_norms", direction, (2, 8, 16), "fp32")
+    with launches.observe(lambda kernel, grid, arguments: seen.append(launches.tensors(arguments))):
+        launches.run(case)
+        launches.run(case, "halved")
+    names = {"forward": "x y gain spread", "backward": "dy x gain spread dx dgain"}[direction].split()
+    of_layers = {f"{name}[{i}]" for name in names for i in range(2)}
+    assert [set(found) for found in seen] == [of_layers | {"table"}] * 2
+    assert [found["x[1]"].shape for found in seen] == [(8, 16), (8, 8)]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU nothing is interpreted")
+def test_the_tensors_of_a_table_are_guarded():
+    def elsewhere(kernel, grid, arguments):
+        operands = arguments["table_ptr"].operands
+        operands["x"] = [operands["x"][0], operands["x"][1].clone()]  # not what the kernel reads
+        guarded(kernel, grid, arguments)
+
+    with launches.observe(elsewhere), pytest.raises(Exception, match="load outside the tensors"):
+        launches.run(Case("weight_norms", "forward", (2, 8, 16), "fp32"))
 
 
 @pytest.mark.parametrize("wrong", ["batch", "kept", "biased", "running"])
@@ -570,7 +685,7 @@ def test_gpu_benchmarks_and_plots_even_if_tests_fail(
     parser = ArgumentParser()
     bench.add_arguments(parser)
     parsed = parser.parse_args(steps[2][3:])
-    assert (parsed.shapes, parsed.dtypes) == (["quick", "quick_channels"], ["bf16"])
+    assert (parsed.shapes, parsed.dtypes) == (list(shapes.QUICK_SETS), ["bf16"])
     assert (machine.ROOT / parsed.out).resolve() == tmp_path / "bench.csv"
 
 
@@ -597,11 +712,14 @@ def bench_rows(device="NVIDIA H200"):
     rows = [facts | dict.fromkeys((*CASE_FIELDS, "gbps"), "") | dict(provider="fla", status="absent")]
     row_shapes = parse_shapes(["32768x1024", "65536x1024", "32768x8192", "16x4096"])
     image_shapes = parse_shapes(["64x64x112x112", "128x64x112x112", "512x512x28x28", "1x64x8x8"])
+    weight_shapes = parse_shapes(["32768x1024", "8192x8192"])
     cases = [
         *bench.make_cases(["layer_norm"], PASSES, ["bf16"], row_shapes),
         *bench.make_cases(["rms_norm"], ["forward"], ["bf16"], row_shapes),
         *bench.make_cases(["group_norm"], PASSES, ["bf16"], image_shapes),
         *bench.make_cases(["batch_norm"], ["forward"], ["bf16"], image_shapes),
+        *bench.make_cases(["weight_norm"], PASSES, ["bf16"], weight_shapes),
+        *bench.make_cases(["weight_norms"], ["forward"], ["bf16"], parse_shapes(["wn_layers"])),
     ]
     for case in cases:
         m = case.shape[0]
@@ -628,7 +746,9 @@ def test_roofline_draws_png_and_svg(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, "roofline", path, "--out", tmp_path / "plots") == 0
     names = {file.name for file in (tmp_path / "plots").iterdir()}
     assert names == {
-        f"roofline{family}-bf16.{kind}" for family in ("", "-channels") for kind in ("png", "svg")
+        f"roofline{family}-bf16.{kind}"
+        for family in ("", "-channels", "-weights")
+        for kind in ("png", "svg")
     }
     assert {line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines()} == names
 
@@ -639,6 +759,7 @@ def test_roofline_draws_png_and_svg(tmp_path, monkeypatch, capsys):
     [
         ("rows", ["LayerNorm, forward", "RMSNorm, forward", "LayerNorm, backward"]),
         ("channels", ["BatchNorm, forward", "GroupNorm, forward", "GroupNorm, backward"]),
+        ("weights", ["WeightNorm, forward", "WeightNorm of many, forward", "WeightNorm, backward"]),
     ],
 )
 def test_roofline_has_a_panel_an_operator_and_direction(tmp_path, device, roofs, family, panels):
@@ -706,7 +827,8 @@ def test_roofline_refuses_a_csv_it_cannot_draw(change, message, tmp_path, monkey
 
 def test_every_provider_and_dtype_has_a_style():
     assert set(roofline.STYLES) == {*providers.LOADERS, "copy"}
-    assert set(roofline.TITLES) == set(providers.EPS) == set(TORCH) == set(OPERATORS)
+    assert set(roofline.TITLES) == set(TORCH) == set(OPERATORS)
+    assert {*providers.EPS, *WEIGHT_OPERATORS} == set(OPERATORS)
     assert set(bench.TOLERANCES) == set(DTYPES)
     assert set(roofline.FAMILIES) == {operator.family for operator in OPERATORS.values()}
     assert set(roofline.LAYOUT_STYLES) == set(shapes.LAYOUTS)
@@ -759,3 +881,30 @@ def test_a_missing_reduction_is_wrong(without, operator, shape, groups):
     limit = bench.TOLERANCES["bf16"]
     assert providers.max_error(case, inputs, outputs()) < limit / 2
     assert providers.max_error(case, inputs, outputs(**{names[without]: 0})) > 2 * limit
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [
+        ("weight_norm", (8, 16384)),
+        ("weight_norm_dim1", (512, 64)),
+        ("weight_norm_dim1", (64, 8, 256)),
+        ("weight_norm_all", (64, 2048)),
+    ],
+)
+def test_a_missing_gradient_of_the_norm_is_wrong(operator, shape):
+    """Also for long channels in bfloat16, where centered inputs would hide it."""
+    case = Case(operator, "backward", shape, "bf16")
+    inputs = providers.make_inputs(case, "cpu")
+    v, g, dw = (t.detach().double() for t in (*inputs.leaves, inputs.dy))
+    dim = OPERATORS[operator].dim
+    norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
+    dg = (dw * v / norm).sum_to_size(g.shape)
+
+    def outputs(factor):
+        dv = (dw - factor * v / norm * dg) * g / norm
+        return dv.bfloat16(), dg.bfloat16()
+
+    limit = bench.TOLERANCES["bf16"]
+    assert providers.max_error(case, inputs, outputs(1)) < limit / 2
+    assert providers.max_error(case, inputs, outputs(0)) > 2 * limit

@@ -4,7 +4,7 @@ import pytest
 from conftest import INTERPRETED
 
 from perf import traffic
-from perf.shapes import ROW_OPERATORS, Case
+from perf.shapes import OPERATORS, ROW_OPERATORS, Case
 from tritonnorm import heuristics
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU no bytes are counted")
@@ -60,6 +60,30 @@ def test_floor_of_channels(case):
     else:
         assert abs(moved.excess) <= traffic.TOLERANCE
         assert not moved.reread
+
+
+ONE_READ_WEIGHTS = {
+    "forward": heuristics.WEIGHT_FORWARD_RESIDENT,
+    "backward": heuristics.WEIGHT_BACKWARD_RESIDENT,
+}
+
+
+@pytest.mark.parametrize("case", traffic.weight_cases(), ids=lambda case: case.label)
+def test_floor_of_weights(case):
+    """2T and 3T within 0.5% of channels along the first dimension that one program holds, also of many
+    tensors at once; in pieces 3T and 5T, and nothing more."""
+    moved = traffic.measure(case)
+    resident = ONE_READ_WEIGHTS[case.direction][case.itemsize]
+    if OPERATORS[case.operator].dim == 0 and case.set_size <= resident:
+        assert abs(moved.excess) <= traffic.TOLERANCE
+        assert not moved.reread
+        assert not moved.partials
+    else:
+        second = ("x",) if case.direction == "forward" else ("x", "dy")
+        assert moved.activations == {name: 1 + (name in second) for name in moved.activations}
+        again = len(second) * traffic.tensor_bytes(case)
+        assert abs(moved.total / (traffic.floor_bytes(case) + again) - 1) <= traffic.TOLERANCE
+        assert moved.partials
 
 
 def test_a_kernel_that_reads_twice_is_noticed(monkeypatch):

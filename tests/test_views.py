@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritonnorm.views import channel_view, common_alignment, merge, row_view
+from tritonnorm.views import WeightView, channel_view, common_alignment, merge, row_view, weight_view
 
 
 def offsets(view, tensor=0):
@@ -187,3 +187,32 @@ def test_images_are_not_merged_to_more_positions_than_int32_holds():
     for images, merged in ((2**20 - 1, 1), (2**20, 2**20)):
         view = channel_view((images, 4, 1024), True, ((4096, 1, 4),))
         assert view.n == merged
+
+
+@pytest.mark.parametrize(
+    ("v", "dim", "expected"),
+    [
+        (torch.empty(4, 3, 5), 0, (1, 4, 15, "s")),
+        (torch.empty(4, 3, 5), 1, (4, 3, 5, "s")),
+        (torch.empty(4, 3, 5), 2, (1, 5, 12, "c")),
+        (torch.empty(4, 3, 5), None, (1, 1, 60, "s")),
+        (torch.empty(4), 0, (1, 4, 1, "s")),
+        (torch.empty(1, 4, 1), 0, (1, 1, 4, "s")),
+        (torch.empty(1, 4, 1), 1, (1, 4, 1, "s")),
+        (torch.empty(4, 3, 5, 5).to(memory_format=torch.channels_last), 0, (1, 4, 75, "s")),
+        (torch.empty(4, 3, 5, 5).to(memory_format=torch.channels_last), 1, (1, 3, 100, "c")),
+        (torch.empty(3, 4).T, 0, (1, 4, 3, "c")),
+        (torch.empty(()), None, (1, 1, 1, "s")),
+    ],
+)
+def test_weights(v, dim, expected):
+    assert weight_view(v.shape, v.stride(), dim) == WeightView(*expected)
+    line = expected[2] if expected[3] == "s" else expected[1]
+    assert weight_view(v.shape, v.stride(), dim).line == line
+
+
+@pytest.mark.parametrize(
+    "v", [torch.empty(4, 6)[:, ::2], torch.empty(4, 6)[:, :3], torch.empty(1, 6).expand(4, 6)]
+)
+def test_weights_with_gaps_have_no_view(v):
+    assert weight_view(v.shape, v.stride(), 0) is None

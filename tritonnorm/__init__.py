@@ -15,6 +15,7 @@ from .modules import (
     LayerNorm2d,
     RMSNorm,
 )
+from .parametrizations import cached_weight_norms, weight_norm
 
 __all__ = [
     "BatchNorm1d",
@@ -28,6 +29,8 @@ __all__ = [
     "LayerNorm2d",
     "RMSNorm",
     "__version__",
+    "cached_weight_norms",
     "convert",
     "functional",
+    "weight_norm",
 ]

@@ -1,32 +1,12 @@
-"""The kernels as differentiable operators: one autograd function for rows, one for channels."""
+"""The kernels as differentiable operators: an autograd function for rows, one for channels, and one for
+the weights of layers."""
 
-from math import prod
 from typing import NamedTuple
 
 import torch
 
 from . import launch
-from .dtypes import compute_dtype
-
-
-def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
-    """The row normalization in plain PyTorch, from the definition.
-
-    `formula_gradients` differentiates this where a kernel's result would be cut off. It is not fused.
-    """
-    dims = tuple(range(-normalized_dims, 0))
-    x_hat = x.to(compute_dtype(x))
-    if norm == "l2":
-        x_hat = x_hat / torch.linalg.vector_norm(x_hat, dim=dims, keepdim=True).clamp_min(eps)
-    else:
-        if norm == "layer":
-            x_hat = x_hat - x_hat.mean(dims, keepdim=True)
-        x_hat = x_hat * torch.rsqrt(x_hat.square().mean(dims, keepdim=True) + eps)
-    if weight is not None:
-        x_hat = x_hat * weight
-    if bias is not None:
-        x_hat = x_hat + bias
-    return x_hat.to(dtype)
+from .formulas import channel_formula, row_formula, weight_formula
 
 
 def formula_gradients(formula, dy, inputs, needed, options):
@@ -146,26 +126,6 @@ class Running(NamedTuple):
     momentum: float | torch.Tensor
 
 
-def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):
-    """The normalization of channels in plain PyTorch, as `row_formula`."""
-    n, c = x.shape[:2]
-    grouped = (n, groups, c // groups, prod(x.shape[2:]))
-    x_hat = x.to(compute_dtype(x)).reshape(grouped)
-    if over == "given":
-        mean, variance = (t.to(x_hat.dtype).view(c, 1, 1) for t in given)
-        x_hat = x_hat - mean
-    else:
-        dims = (0, 2, 3) if over == "batch" else (2, 3)
-        x_hat = x_hat - x_hat.mean(dims, keepdim=True)
-        variance = x_hat.square().mean(dims, keepdim=True)
-    y = (x_hat * torch.rsqrt(variance + eps)).reshape(n, c, prod(x.shape[2:]))
-    if weight is not None:
-        y = y * weight[:, None]
-    if bias is not None:
-        y = y + bias[:, None]
-    return y.to(dtype).reshape(x.shape)
-
-
 class ChannelNorm(torch.autograd.Function):
     """BatchNorm, GroupNorm and InstanceNorm of `[N, C, *spatial]`."""
 
@@ -219,3 +179,48 @@ def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, 
         x, weight, bias, groups, over, eps, dtype=dtype, running=running, save_statistics=False
     )
     return y
+
+
+class WeightNorm(torch.autograd.Function):
+    """g * v / ||v|| of many tensors: `apply(dims, *vs, *gs)`."""
+
+    @staticmethod
+    def forward(ctx, dims, *tensors):
+        vs, gs = tensors[: len(dims)], tensors[len(dims) :]
+        ws, norms = launch.weights_forward(vs, gs, dims, save_statistics=True)
+        ctx.save_for_backward(*tensors, *norms)
+        ctx.dims = dims
+        ctx.set_materialize_grads(False)
+        needed = ctx.needs_input_grad[1:]
+        pairs = zip(needed[: len(dims)], needed[len(dims) :], strict=True)
+        ctx.mark_non_differentiable(*(w for w, pair in zip(ws, pairs, strict=True) if not any(pair)))
+        return tuple(ws)
+
+    @staticmethod
+    def backward(ctx, *dws):
+        count, saved = len(ctx.dims), ctx.saved_tensors
+        vs, gs, norms = (saved[i * count : (i + 1) * count] for i in range(3))
+        needs_dv, needs_dg = (ctx.needs_input_grad[1 + i * count :][:count] for i in range(2))
+        dvs, dgs = [None] * count, [None] * count
+        used = [i for i, dw in enumerate(dws) if dw is not None and (needs_dv[i] or needs_dg[i])]
+        with_kernel = [i for i in used if _takes_kernel(dws[i])]
+        if with_kernel:
+            of_kernel = (
+                [t[i] for i in with_kernel] for t in (vs, gs, norms, ctx.dims, needs_dv, needs_dg)
+            )
+            found = launch.weights_backward([dws[i].resolve_neg() for i in with_kernel], *of_kernel)
+            for i, dv, dg in zip(with_kernel, *found, strict=True):
+                dvs[i], dgs[i] = dv, dg
+        for i in set(used).difference(with_kernel):
+            needed, inputs, options = (needs_dv[i], needs_dg[i]), (vs[i], gs[i]), (ctx.dims[i],)
+            dvs[i], dgs[i] = formula_gradients(weight_formula, dws[i], inputs, needed, options)
+        return None, *dvs, *dgs
+
+
+def normalize_weights(vs, gs, dims):
+    """g * v / ||v|| of each v, with its norms along its dim, or where that is None the norm of all of
+    it; no v is empty, and all lie on one device."""
+    gs = list(_contiguous(*gs))
+    if _needs_graph(*vs, *gs):
+        return WeightNorm.apply(tuple(dims), *vs, *gs)
+    return launch.weights_forward(vs, gs, dims, save_statistics=False)[0]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import modules
+from . import modules, parametrizations
 
 REPLACEMENTS = {
     torch.nn.LayerNorm: modules.LayerNorm,
@@ -16,8 +16,11 @@ REPLACEMENTS = {
     torch.nn.InstanceNorm1d: modules.InstanceNorm1d,
     torch.nn.InstanceNorm2d: modules.InstanceNorm2d,
     torch.nn.InstanceNorm3d: modules.InstanceNorm3d,
+    parametrizations.TorchWeightNorm: parametrizations.WeightNorm,
 }
 """Class to class. The class must be exactly this one: a subclass may compute something else."""
+
+OURS = (modules.__name__, parametrizations.__name__)
 
 NORMALIZATIONS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LocalResponseNorm)
 """What a report names as left, SyncBatchNorm for one; beside these, subclasses of what is replaced and
@@ -50,13 +53,13 @@ class Report:
 def _reason(module) -> str | None:
     """Why a module that looks like a normalization is left; None for every other module."""
     cls = type(module)
-    if cls.__module__ == modules.__name__:
+    if cls.__module__ in OURS:
         return "already of tritonnorm"
     if cls in REPLACEMENTS:
         return "its forward was replaced on the instance, which a new class would not change"
     for base in REPLACEMENTS:
         if isinstance(module, base):
-            return f"a subclass of torch.nn.{base.__name__}, which may compute something else"
+            return f"a subclass of torch's {base.__name__}, which may compute something else"
     if isinstance(module, NORMALIZATIONS):
         if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
             return "lazy: it can be replaced once it has seen an input"
@@ -66,9 +69,17 @@ def _reason(module) -> str | None:
     return None
 
 
+def _hook_reason(cls) -> str:
+    """Why a hook of weight normalization is left."""
+    if cls.__module__ in OURS:
+        return "already of tritonnorm"
+    return "a subclass of torch's WeightNorm, which may compute something else"
+
+
 def convert(model: torch.nn.Module) -> Report:
     """Replaces torch.nn's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d/2d/3d and InstanceNorm1d/2d/3d in
-    `model` by tritonnorm's, in place.
+    `model` by tritonnorm's, in place, and what `torch.nn.utils.parametrizations.weight_norm` or the
+    older `torch.nn.utils.weight_norm` put into it.
 
     A module keeps its identity, parameters, buffers, hooks and state_dict: only its class changes. So
     every reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
@@ -78,7 +89,8 @@ def convert(model: torch.nn.Module) -> Report:
 
     Returns:
         A `Report` of what was replaced and of the normalizations that were left, with the reason.
-        A module that stands in several places is listed once.
+        A module that stands in several places is listed once. The older weight normalization is a
+        hook, and is listed by the name of its weight.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -94,4 +106,13 @@ def convert(model: torch.nn.Module) -> Report:
             report.replaced.append(Entry(name, described))
         elif reason := _reason(module):
             report.left.append(Entry(name, described, reason))
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, parametrizations.TorchWeightNormHook):
+                weight, cls = f"{name}.{hook.name}".removeprefix("."), type(hook)
+                described = f"{cls.__module__}.{cls.__qualname__}"
+                if cls is parametrizations.TorchWeightNormHook:
+                    hook.__class__ = parametrizations.WeightNormHook
+                    report.replaced.append(Entry(weight, described))
+                else:
+                    report.left.append(Entry(weight, described, _hook_reason(cls)))
     return report

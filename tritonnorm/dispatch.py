@@ -8,11 +8,11 @@ import torch
 from .dtypes import HALF, SUPPORTED, compute_dtype
 
 try:
-    from .autograd import Running, normalize_channels, normalize_rows
+    from .autograd import Running, normalize_channels, normalize_rows, normalize_weights
 except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
     if error.name != "triton":
         raise
-    Running = normalize_channels = normalize_rows = None
+    Running = normalize_channels = normalize_rows = normalize_weights = None
 
 __all__ = [
     "LARGEST_SET",
@@ -23,9 +23,11 @@ __all__ = [
     "check_number",
     "check_parameters",
     "check_running",
+    "is_eager",
     "is_plain",
     "normalize_channels",
     "normalize_rows",
+    "normalize_weights",
     "result_dtype",
     "takes_kernel",
     "with_torch",
@@ -47,17 +49,23 @@ def takes_kernel(*tensors) -> bool:
     """Whether these plain tensors, the input first, can go to a kernel."""
     x = tensors[0]
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        is_eager(*tensors)
         and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
         and normalize_rows is not None
-        and all(
-            t is None or (t.dtype in SUPPORTED and t.layout is torch.strided and not t.is_neg())
-            for t in tensors
-        )
+        and all(t is None or (t.dtype in SUPPORTED and t.layout is torch.strided) for t in tensors)
+    )
+
+
+def is_eager(*tensors) -> bool:
+    """Whether operators run as they are called: no compiler, trace, transform (vmap, torch.func,
+    forward-mode AD), dispatch mode or pending negation."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
+        and not any(t is not None and t.is_neg() for t in tensors)
     )
 
 

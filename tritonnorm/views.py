@@ -149,6 +149,45 @@ def channel_view(shape, over_batch, strides) -> ChannelView | None:
     return ChannelView(n, c, s, tuple(steps), adjacent, alignment)
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """Sizes of a dense tensor as `[N, C, S]`, whose norms are those of its C channels; `adjacent` is
+    "s", or "c" where there is one image and its channels are neighbours in memory."""
+
+    n: int
+    c: int
+    s: int
+    adjacent: str
+
+    @property
+    def line(self) -> int:
+        """Elements that are adjacent in memory."""
+        return self.s if self.adjacent == "s" else self.c
+
+
+@lru_cache(maxsize=4096)
+def weight_view(shape, strides, dim: int | None) -> WeightView | None:
+    """A tensor with its norms along `dim`, over all other dimensions, or where that is None over all;
+    None unless it is dense: its elements, in some order of the dimensions, without gaps.
+
+    >>> weight_view((2, 3, 4), (12, 4, 1), 1)
+    WeightView(n=2, c=3, s=4, adjacent='s')
+    """
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[d])
+    step = 1
+    for d in reversed(order):
+        if strides[d] != step:
+            return None
+        step *= shape[d]
+    if dim not in order:
+        return WeightView(1, 1, step, "s")
+    place = order.index(dim)
+    outer, inner = (prod(shape[d] for d in part) for part in (order[:place], order[place + 1 :]))
+    if inner == 1 and outer > 1:
+        return WeightView(1, shape[dim], outer, "c")
+    return WeightView(outer, shape[dim], inner, "s")
+
+
 def common_alignment(view: RowView | ChannelView, tensors) -> int | None:
     """The largest power of two, at most 16, of which every line of every tensor starts at a multiple,
     in elements of that tensor; None where there are no lines of adjacent elements."""

@@ -6,6 +6,7 @@ each for every set of elements that shares them.
 
 from .channels import channel_apply, channel_apply_backward, channel_backward, channel_forward
 from .rows import row_backward, row_forward
+from .weights import weights_backward, weights_forward
 
 __all__ = [
     "channel_apply",
@@ -14,4 +15,6 @@ __all__ = [
     "channel_forward",
     "row_backward",
     "row_forward",
+    "weights_backward",
+    "weights_forward",
 ]

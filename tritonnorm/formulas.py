@@ -1,0 +1,56 @@
+"""The normalizations in plain PyTorch, from the definition: not fused, differentiable in every way.
+
+They serve where a kernel's result would be cut off from autograd, and where PyTorch has no operator.
+"""
+
+from math import prod
+
+import torch
+
+from .dtypes import compute_dtype
+
+
+def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
+    """Layer, RMS and L2 normalization over the last `normalized_dims` dimensions."""
+    dims = tuple(range(-normalized_dims, 0))
+    x_hat = x.to(compute_dtype(x))
+    if norm == "l2":
+        x_hat = x_hat / torch.linalg.vector_norm(x_hat, dim=dims, keepdim=True).clamp_min(eps)
+    else:
+        if norm == "layer":
+            x_hat = x_hat - x_hat.mean(dims, keepdim=True)
+        x_hat = x_hat * torch.rsqrt(x_hat.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        x_hat = x_hat * weight
+    if bias is not None:
+        x_hat = x_hat + bias
+    return x_hat.to(dtype)
+
+
+def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):
+    """Batch, group and instance normalization of `[N, C, *spatial]`."""
+    n, c = x.shape[:2]
+    grouped = (n, groups, c // groups, prod(x.shape[2:]))
+    x_hat = x.to(compute_dtype(x)).reshape(grouped)
+    if over == "given":
+        mean, variance = (t.to(x_hat.dtype).view(c, 1, 1) for t in given)
+        x_hat = x_hat - mean
+    else:
+        dims = (0, 2, 3) if over == "batch" else (2, 3)
+        x_hat = x_hat - x_hat.mean(dims, keepdim=True)
+        variance = x_hat.square().mean(dims, keepdim=True)
+    y = (x_hat * torch.rsqrt(variance + eps)).reshape(n, c, prod(x.shape[2:]))
+    if weight is not None:
+        y = y * weight[:, None]
+    if bias is not None:
+        y = y + bias[:, None]
+    return y.to(dtype).reshape(x.shape)
+
+
+def weight_formula(v, g, dim):
+    """Weight normalization; dim None is the norm of all of v."""
+    wide = v.to(compute_dtype(v))
+    others = [d for d in range(v.dim()) if d != dim]
+    norm = torch.linalg.vector_norm(wide, dim=others, keepdim=True) if others else wide.abs()
+    g = g if dim is not None else g.reshape([1] * v.dim())
+    return (wide * (g.to(wide.dtype) / norm)).to(v.dtype)
