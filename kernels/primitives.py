@@ -136,17 +136,31 @@ def scale(spread, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr):
-    """A weight or bias `[1, BLOCK_N]`, widened."""
-    return tl.load(ptr + cols, cols < N, other=0.0).to(dtype)[None, :]
+def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr = 0.0):
+    """A weight or bias `[1, BLOCK_N]`, widened, plus OFFSET."""
+    parameter = tl.load(ptr + cols, cols < N, other=0.0).to(dtype)[None, :]
+    if OFFSET != 0.0:
+        parameter += tl.full((), OFFSET, dtype)
+    return parameter
 
 
 @triton.jit
-def affine(x_hat, weight_ptr, bias_ptr, cols, N: tl.constexpr):
-    """x_hat * weight + bias; either may be None."""
+def affine(
+    x_hat,
+    weight_ptr,
+    bias_ptr,
+    cols,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr = 0.0,
+    ROUND: tl.constexpr = None,
+):
+    """x_hat * (OFFSET + weight) + bias; either may be None. x_hat is first rounded to the dtype ROUND,
+    if there is one."""
     y = x_hat
+    if ROUND is not None:
+        y = y.to(ROUND).to(x_hat.dtype)
     if weight_ptr is not None:
-        y *= load_parameter(weight_ptr, cols, x_hat.dtype, N)
+        y *= load_parameter(weight_ptr, cols, x_hat.dtype, N, OFFSET)
     if bias_ptr is not None:
         y += load_parameter(bias_ptr, cols, x_hat.dtype, N)
     return y

@@ -40,6 +40,8 @@ def row_forward_resident(
     eps: "fp64",
     N: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -65,7 +67,8 @@ def row_forward_resident(
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
-    y = affine(deviation * scale(spread, eps, NORM)[:, None], weight_ptr, bias_ptr, cols, N)
+    x_hat = deviation * scale(spread, eps, NORM)[:, None]
+    y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
 
     store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
@@ -86,6 +89,8 @@ def row_forward_looped(
     eps: "fp64",
     N: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -134,7 +139,7 @@ def row_forward_looped(
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         if NORM == "layer":
             x = (x - shift[:, None]) - rest[:, None]
-        y = affine(x * rstd[:, None], weight_ptr, bias_ptr, cols, N)
+        y = affine(x * rstd[:, None], weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
         store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
 
@@ -155,6 +160,7 @@ def row_gradient_means(
     eps: "fp64",
     N: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -173,7 +179,7 @@ def row_gradient_means(
         mask = tile_mask(rows, cols, M, R2, N)
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
-        wdy = affine(dy, weight_ptr, None, cols, N)
+        wdy = affine(dy, weight_ptr, None, cols, N, OFFSET)
         wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M)
         wdy_sum += wdy
 
@@ -203,6 +209,7 @@ def row_backward(
     eps: "fp64",
     N: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -213,7 +220,7 @@ def row_backward(
     program = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if weight_ptr is not None:
-        weight = load_parameter(weight_ptr, cols, dtype, N)
+        weight = load_parameter(weight_ptr, cols, dtype, N, OFFSET)
     dweight = tl.zeros([ROWS, BLOCK_N], dtype)
     dbias = tl.zeros([ROWS, BLOCK_N], dtype)
 

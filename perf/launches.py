@@ -8,6 +8,7 @@ from triton.runtime.jit import KernelInterface
 from tritonnorm import heuristics, launch
 from tritonnorm.autograd import Running
 from tritonnorm.dtypes import compute_dtype
+from tritonnorm.formulas import RowOptions
 
 from .shapes import DTYPES, OPERATORS, Case
 
@@ -82,7 +83,7 @@ def _parameters(case: Case):
 
 
 def _run_rows(case: Case, x) -> None:
-    norm = OPERATORS[case.operator].norm
+    options = RowOptions(OPERATORS[case.operator].norm, EPS)
     weight, bias = _parameters(case)
     memory_format = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     if case.direction == "forward":
@@ -91,8 +92,7 @@ def _run_rows(case: Case, x) -> None:
             weight,
             bias,
             1,
-            EPS,
-            norm,
+            options,
             dtype=x.dtype,
             memory_format=memory_format,
             save_statistics=True,
@@ -103,11 +103,10 @@ def _run_rows(case: Case, x) -> None:
         torch.ones_like(x),
         x,
         weight,
-        spread.clone() if norm == "layer" else None,
+        spread.clone() if options.norm == "layer" else None,
         spread,
         1,
-        EPS,
-        norm,
+        options,
         memory_format=memory_format,
         needs_dx=True,
         dweight_dtype=weight if weight is None else weight.dtype,

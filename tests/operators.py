@@ -24,6 +24,7 @@ class Operator:
     exact: Callable
     has_weight: bool
     has_bias: bool
+    weight_offset: float = 0.0
 
     def __str__(self):
         return self.name

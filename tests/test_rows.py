@@ -29,7 +29,7 @@ def compare(operator, x, weight, bias, dy, dims=1):
         assert gradient.shape == leaf.shape
         if what == "dx":
             # The two terms that are subtracted are each as large as wdy * rstd.
-            wdy = dy.double() * (1 if weight is None else weight.double())
+            wdy = dy.double() * (1 if weight is None else operator.weight_offset + weight.double())
             spread = reference_spread(operator, x, dims)
             scale = (wdy.abs().amax(tuple(range(-dims, 0)), keepdim=True) / spread).cpu()
             assert_close(gradient.cpu(), expected.cpu(), terms=n, scale=scale, what=what)

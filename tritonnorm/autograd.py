@@ -42,20 +42,19 @@ class RowNorm(torch.autograd.Function):
     """LayerNorm, RMSNorm and L2 normalization over the trailing dimensions."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, normalized_dims, eps, norm, dtype, memory_format):
+    def forward(ctx, x, weight, bias, normalized_dims, options, dtype, memory_format):
         y, mean, spread = launch.row_forward(
             x,
             weight,
             bias,
             normalized_dims,
-            eps,
-            norm,
+            options,
             dtype=dtype,
             memory_format=memory_format,
             save_statistics=True,
         )
         ctx.save_for_backward(x, weight, bias, mean, spread)
-        ctx.options = normalized_dims, eps, norm, dtype
+        ctx.options = normalized_dims, options, dtype
         ctx.memory_format = memory_format
         return y
 
@@ -67,7 +66,7 @@ class RowNorm(torch.autograd.Function):
             needed = (needs_dx, needs_dweight, needs_dbias)
             gradients = formula_gradients(row_formula, dy, (x, weight, bias), needed, ctx.options)
         else:
-            normalized_dims, eps, norm, _ = ctx.options
+            normalized_dims, options, _ = ctx.options
             dx, dweight, dbias = launch.row_backward(
                 dy.resolve_neg(),
                 x,
@@ -75,8 +74,7 @@ class RowNorm(torch.autograd.Function):
                 mean,
                 spread,
                 normalized_dims,
-                eps,
-                norm,
+                options,
                 memory_format=ctx.memory_format,
                 needs_dx=needs_dx,
                 dweight_dtype=weight.dtype if needs_dweight else None,
@@ -87,7 +85,7 @@ class RowNorm(torch.autograd.Function):
                 dweight.view(weight.shape) if needs_dweight else None,
                 dbias.view(bias.shape) if needs_dbias else None,
             ]
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _needs_graph(*tensors) -> bool:
@@ -98,19 +96,18 @@ def _contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
-def normalize_rows(x, weight, bias, normalized_dims, eps, norm, dtype, memory_format):
+def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_format):
     """Normalizes x over its last `normalized_dims` dimensions, with statistics for the backward
     pass where one can come."""
     weight, bias = _contiguous(weight, bias)
     if _needs_graph(x, weight, bias):
-        return RowNorm.apply(x, weight, bias, normalized_dims, eps, norm, dtype, memory_format)
+        return RowNorm.apply(x, weight, bias, normalized_dims, options, dtype, memory_format)
     y, _, _ = launch.row_forward(
         x,
         weight,
         bias,
         normalized_dims,
-        eps,
-        norm,
+        options,
         dtype=dtype,
         memory_format=memory_format,
         save_statistics=False,

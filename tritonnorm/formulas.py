@@ -3,15 +3,27 @@
 They serve where a kernel's result would be cut off from autograd, and where PyTorch has no operator.
 """
 
-from math import prod
+from math import inf, prod
+from typing import NamedTuple
 
 import torch
 
 from .dtypes import compute_dtype
 
 
-def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
-    """Layer, RMS and L2 normalization over the last `normalized_dims` dimensions."""
+class RowOptions(NamedTuple):
+    """What is computed of each row: y = x_hat * (weight_offset + weight) + bias."""
+
+    norm: str  # "layer", "rms" or "l2"
+    eps: float
+    weight_offset: float = 0.0
+    round_to: torch.dtype | None = None  # of 16 bits, to which x_hat is rounded before it is multiplied
+
+
+def row_formula(x, weight, bias, normalized_dims, options, dtype):
+    """Layer, RMS and L2 normalization over the last `normalized_dims` dimensions. Derivatives are those
+    of the formula without its rounding."""
+    norm, eps, weight_offset, round_to = options
     dims = tuple(range(-normalized_dims, 0))
     x_hat = x.to(compute_dtype(x))
     if norm == "l2":
@@ -20,11 +32,18 @@ def row_formula(x, weight, bias, normalized_dims, eps, norm, dtype):
         if norm == "layer":
             x_hat = x_hat - x_hat.mean(dims, keepdim=True)
         x_hat = x_hat * torch.rsqrt(x_hat.square().mean(dims, keepdim=True) + eps)
+    y = x_hat
     if weight is not None:
-        x_hat = x_hat * weight
+        weight = weight.to(x_hat.dtype)
+        weight = weight + weight_offset if weight_offset else weight
+        y = x_hat * weight
+    if round_to is not None:
+        rounded = x_hat.to(round_to).to(x_hat.dtype)
+        rounded = rounded if weight is None else rounded * weight
+        y = y + (rounded - y).nan_to_num(0.0, inf, -inf).detach()  # the value is exactly `rounded`
     if bias is not None:
-        x_hat = x_hat + bias
-    return x_hat.to(dtype)
+        y = y + bias
+    return y.to(dtype)
 
 
 def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):

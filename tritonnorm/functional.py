@@ -17,6 +17,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .dispatch import (
     LARGEST_SET,
@@ -37,7 +38,7 @@ from .dispatch import (
     with_torch_running,
 )
 from .dtypes import HALF, SUPPORTED, compute_dtype
-from .formulas import weight_formula
+from .formulas import RowOptions, row_formula, weight_formula
 
 __all__ = [
     "batch_norm",
@@ -47,6 +48,7 @@ __all__ = [
     "layer_norm2d",
     "normalize",
     "rms_norm",
+    "rms_norm_variant",
     "weight_norm",
     "weight_norms",
 ]
@@ -102,8 +104,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
             weight,
             bias,
             len(normalized_shape),
-            eps,
-            "layer",
+            RowOptions("layer", eps),
             result_dtype(input),
             torch.contiguous_format,
         )
@@ -145,8 +146,7 @@ def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
             weight,
             bias,
             1,
-            eps,
-            "layer",
+            RowOptions("layer", eps),
             result_dtype(input),
             torch.preserve_format,
         )
@@ -171,7 +171,8 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
 
     Returns:
         A contiguous tensor of the input's shape and dtype (under CUDA autocast float32). Hugging
-        Face's LlamaRMSNorm rounds before it multiplies by the weight; this function rounds once.
+        Face's LlamaRMSNorm rounds before it multiplies by the weight; this function rounds once, and
+        `rms_norm_variant` as a model does.
 
     Raises:
         RuntimeError: a shape or device does not fit; the message names the argument.
@@ -189,12 +190,107 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
             weight,
             None,
             len(normalized_shape),
-            eps,
-            "rms",
+            RowOptions("rms", eps),
             result_dtype(input),
             torch.contiguous_format,
         )
     return with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
+
+
+def _check_dtypes(name, **dtypes):
+    """That kernels take each of them."""
+    for argument, dtype in dtypes.items():
+        if dtype not in SUPPORTED:
+            names = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED)
+            raise TypeError(f"{name}: {argument} must be one of {names}, not {dtype}")
+
+
+def rms_norm_variant(
+    input, normalized_shape, weight=None, eps=1e-6, *, weight_offset=0.0, round_to=None, dtype=None
+):
+    """RMS normalization that rounds, and offsets its weight, where a given model does.
+
+        x_hat = x / sqrt(mean(x^2) + eps)
+        y = x_hat * (weight_offset + weight)
+
+    all in float32 (float64 for float64 input), but for the rounding of x_hat that `round_to` asks for.
+    Of the models in Hugging Face transformers (src/transformers/models/*/modeling_*.py), from whose
+    eager `forward` the formulas are taken:
+
+    - LlamaRMSNorm, and most others (Mistral, Qwen2, Qwen3, DeepSeek): `round_to="input"`, and for dtype
+      `torch.promote_types(input.dtype, weight.dtype)`;
+    - GemmaRMSNorm (Gemma 1 to 3), and Qwen3-Next's: `weight_offset=1.0`;
+    - T5LayerNorm (T5, mT5, LongT5, UMT5): `round_to="weight", dtype=weight.dtype`;
+    - OLMo2's and GPT-OSS's: no options.
+
+    Where x_hat is the same in float32 the result has their bits; the order of sums and 1 / sqrt can move
+    x_hat by some float32 ulps, and with it, rarely, its rounding to the neighbour.
+
+    Gradients are those of the formula without any rounding, in float32 (straight-through): dweight is
+    sum(dy * x_hat), and dx what it is for `rms_norm` of the weight `weight_offset + weight`. (The
+    classes' own gradients are rounded to 16 bits on the way.)
+
+    Args:
+        input: `[*, *normalized_shape]`, any strides, as for `layer_norm`.
+        normalized_shape: tuple of ints.
+        weight: of shape `normalized_shape`, or None.
+        eps: added to the mean of squares.
+        weight_offset: added to the weight. Each other number compiles kernels of its own.
+        round_to: None, "input" or "weight": x_hat is rounded to its dtype, if that has 16 bits, before
+            it is multiplied.
+        dtype: the result's; None for the input's, under autocast too.
+
+    Returns:
+        A tensor of the input's shape; contiguous where a kernel computes it. Where none does, as in
+        `torch.compile` (whose inductor may drop x_hat's rounding, as it does in the models' own
+        classes), and for float64 input that is to be rounded, it is a formula in plain PyTorch.
+
+    Raises:
+        ValueError: round_to is none of these, or it or weight_offset needs a weight that is None.
+        RuntimeError: a shape or device does not fit; the message names the argument.
+        TypeError: normalized_shape is not a sequence, eps or weight_offset not a number, or a dtype is
+            not float16, bfloat16, float32 or float64.
+    """
+    if has_torch_function((input, weight)):
+        return handle_torch_function(
+            rms_norm_variant,
+            (input, weight),
+            input,
+            normalized_shape,
+            weight,
+            eps,
+            weight_offset=weight_offset,
+            round_to=round_to,
+            dtype=dtype,
+        )
+    name = "rms_norm_variant"
+    _check_rows(name, input, normalized_shape, weight=weight)
+    eps = check_number(name, "eps", eps)
+    weight_offset = check_number(name, "weight_offset", weight_offset)
+    if round_to not in (None, "input", "weight"):
+        raise ValueError(f'{name}: round_to must be None, "input" or "weight", not {round_to!r}')
+    if weight is None and (round_to == "weight" or weight_offset != 0):
+        argument = "weight_offset" if weight_offset != 0 else 'round_to="weight"'
+        raise ValueError(f"{name}: {argument} needs a weight, but weight is None")
+    dtype = input.dtype if dtype is None else dtype
+    dtypes = {"input": input.dtype, "weight": input.dtype if weight is None else weight.dtype}
+    _check_dtypes(name, **dtypes, dtype=dtype)
+
+    rounded = dtypes[round_to] if round_to is not None else None
+    rounded = rounded if rounded in HALF else None
+    options = RowOptions("rms", eps, weight_offset, rounded)
+    dims, wide = len(normalized_shape), compute_dtype(input)
+    if (
+        is_plain(input, weight)
+        and takes_kernel(input, weight)
+        and prod(normalized_shape) < LARGEST_SET
+        and not (wide is torch.float64 and rounded)
+    ):
+        # A kernel of float32 takes no gradient in float64, and one of float64 none in less.
+        stored = wide if torch.float64 in (wide, dtype) else dtype
+        y = normalize_rows(input, weight, None, dims, options, stored, torch.contiguous_format)
+        return y.to(dtype)
+    return row_formula(input, weight, None, dims, options, dtype)
 
 
 def _are_dims(dims, count) -> bool:
@@ -244,8 +340,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
             None,
             None,
             len(dims),
-            check_number("normalize", "eps", eps),
-            "l2",
+            RowOptions("l2", check_number("normalize", "eps", eps)),
             result_dtype(input),
             torch.preserve_format,
         )

@@ -6,6 +6,7 @@ Outputs are contiguous, or with `torch.preserve_format` laid out as the input.
 from math import ceil, prod
 
 import torch
+import triton.language as tl
 
 from .. import heuristics
 from ..dtypes import compute_dtype
@@ -13,6 +14,9 @@ from ..kernels.row import row_backward as row_backward_kernel
 from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
 from ..views import common_alignment, row_view
 from .common import FP_FUSION, fold_parameters, on_device, parameter_partials
+
+ROUND = {None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+"""Of each dtype that x_hat can be rounded to, the kernels' name."""
 
 
 def _view_rows(normalized_dims, inputs, output):
@@ -33,18 +37,18 @@ def _view_rows(normalized_dims, inputs, output):
     return shared, common_alignment(shared, tensors), inputs, output
 
 
-def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_format, save_statistics):
+def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_format, save_statistics):
     """y, mean and spread of the rows of x over its last `normalized_dims` dimensions.
 
-    norm is "layer", "rms" or "l2". mean is None unless norm is "layer"; spread is the norm for
-    "l2" and rstd otherwise; both are None unless `save_statistics`.
+    options are RowOptions. mean is None unless their norm is "layer"; spread is the norm for "l2" and
+    rstd otherwise; both are None unless `save_statistics`.
     """
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
     mean = spread = None
     if save_statistics:
         m = prod(x.shape[: x.dim() - normalized_dims])
         spread = torch.empty(m, dtype=compute_dtype(x), device=x.device)
-        mean = torch.empty_like(spread) if norm == "layer" else None
+        mean = torch.empty_like(spread) if options.norm == "layer" else None
     if x.numel() == 0:
         return y, mean, spread
 
@@ -64,9 +68,11 @@ def row_forward(x, weight, bias, normalized_dims, eps, norm, *, dtype, memory_fo
             M=view.m,
             R1=view.r1,
             R2=view.r2,
-            eps=eps,
+            eps=options.eps,
             N=view.n,
-            NORM=norm,
+            NORM=options.norm,
+            OFFSET=options.weight_offset,
+            ROUND=ROUND[options.round_to],
             ROWS=tile.rows,
             BLOCK_N=tile.block_n,
             ALIGN=align,
@@ -85,8 +91,7 @@ def row_backward(
     mean,
     spread,
     normalized_dims,
-    eps,
-    norm,
+    options,
     *,
     memory_format,
     needs_dx,
@@ -117,9 +122,10 @@ def row_backward(
         M=view.m,
         R1=view.r1,
         R2=view.r2,
-        eps=eps,
+        eps=options.eps,
         N=view.n,
-        NORM=norm,
+        NORM=options.norm,
+        OFFSET=options.weight_offset,
         ROWS=tile.rows,
         BLOCK_N=tile.block_n,
         ALIGN=align,
