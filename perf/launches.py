@@ -82,8 +82,8 @@ def _parameters(case: Case):
     ]
 
 
-def _run_rows(case: Case, x) -> None:
-    options = RowOptions(OPERATORS[case.operator].norm, EPS)
+def _run_rows(case: Case, x, **options) -> None:
+    options = RowOptions(OPERATORS[case.operator].norm, EPS, **options)
     weight, bias = _parameters(case)
     memory_format = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     if case.direction == "forward":
@@ -162,9 +162,9 @@ def teams():
 
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
-    addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`; "team"
-    has teams take what is held in pieces; "halved" has each layer of a stack take channels half as long
-    as those of the one before."""
+    addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`;
+    "rounded" rounds x_hat and offsets the weight, as models do; "team" has teams take what is held in
+    pieces; "halved" has each layer of a stack take channels half as long as those of the one before."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "weights":
         shapes = [layer.shape for layer in case.layers]
@@ -176,5 +176,7 @@ def run(case: Case, variant: str | None = None) -> None:
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
     elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
+    elif variant == "rounded":
+        _run_rows(case, torch.ones(case.shape, dtype=dtype), weight_offset=1.0, round_to=dtype)
     else:
         _run_rows(case, torch.ones(case.shape, dtype=dtype))

@@ -364,7 +364,7 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
     most, and is compiled for every width and for strided rows; the others for adjacent elements in
-    bfloat16."""
+    bfloat16. Two of RMSNorm as models round it."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
@@ -382,6 +382,11 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
                     chosen += [
                         (Case(operator, direction, (ROWS, n), dtype), "strided") for n in tiles.values()
                     ]
+    if not brief:
+        for n in (1024, 65536):
+            chosen += [
+                (Case("rms_norm", direction, (ROWS, n), "bf16"), "rounded") for direction in PASSES
+            ]
     return chosen
 
 
