@@ -1,8 +1,8 @@
 """Normalization layers for PyTorch in handwritten Triton kernels."""
 
-from . import functional
+from . import families, functional
 from ._version import __version__
-from .convert import convert
+from .convert import convert, restore
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -16,6 +16,7 @@ from .modules import (
     RMSNorm,
 )
 from .parametrizations import cached_weight_norms, weight_norm
+from .registry import register
 
 __all__ = [
     "BatchNorm1d",
@@ -31,6 +32,9 @@ __all__ = [
     "__version__",
     "cached_weight_norms",
     "convert",
+    "families",
     "functional",
+    "register",
+    "restore",
     "weight_norm",
 ]

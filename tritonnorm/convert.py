@@ -1,26 +1,14 @@
-"""Replacing the normalizations of an existing model."""
+"""Replacing the normalizations of an existing model, and undoing it."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 
-from . import modules, parametrizations
+from . import families, modules, parametrizations, probe, registry
+from .registry import ORIGINALS, TORCH, described
 
-REPLACEMENTS = {
-    torch.nn.LayerNorm: modules.LayerNorm,
-    torch.nn.RMSNorm: modules.RMSNorm,
-    torch.nn.GroupNorm: modules.GroupNorm,
-    torch.nn.BatchNorm1d: modules.BatchNorm1d,
-    torch.nn.BatchNorm2d: modules.BatchNorm2d,
-    torch.nn.BatchNorm3d: modules.BatchNorm3d,
-    torch.nn.InstanceNorm1d: modules.InstanceNorm1d,
-    torch.nn.InstanceNorm2d: modules.InstanceNorm2d,
-    torch.nn.InstanceNorm3d: modules.InstanceNorm3d,
-    parametrizations.TorchWeightNorm: parametrizations.WeightNorm,
-}
-"""Class to class. The class must be exactly this one: a subclass may compute something else."""
-
-OURS = (modules.__name__, parametrizations.__name__)
+OURS = (modules.__name__, parametrizations.__name__, families.__name__)
 
 NORMALIZATIONS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LocalResponseNorm)
 """What a report names as left, SyncBatchNorm for one; beside these, subclasses of what is replaced and
@@ -29,7 +17,8 @@ classes named *Norm*."""
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: its name in the model, its class and, if it was left, the reason."""
+    """One module: its name in the model, its own class (not tritonnorm's) and, if it was left, the
+    reason."""
 
     name: str
     cls: str
@@ -38,7 +27,8 @@ class Entry:
 
 @dataclass
 class Report:
-    """What `convert` did: the modules it replaced, and those it left, with the reason."""
+    """What `convert` or `restore` did: the modules whose class it replaced, and those it left, with the
+    reason."""
 
     replaced: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
@@ -51,13 +41,11 @@ class Report:
 
 
 def _reason(module) -> str | None:
-    """Why a module that looks like a normalization is left; None for every other module."""
+    """Why a module that looks like a normalization has no replacement; None for every other module."""
     cls = type(module)
-    if cls.__module__ in OURS:
+    if cls in ORIGINALS or cls.__module__ in OURS:
         return "already of tritonnorm"
-    if cls in REPLACEMENTS:
-        return "its forward was replaced on the instance, which a new class would not change"
-    for base in REPLACEMENTS:
+    for base in TORCH:
         if isinstance(module, base):
             return f"a subclass of torch's {base.__name__}, which may compute something else"
     if isinstance(module, NORMALIZATIONS):
@@ -69,50 +57,174 @@ def _reason(module) -> str | None:
     return None
 
 
-def _hook_reason(cls) -> str:
+def _configuration(module):
+    """What modules have in common of which one probe is enough: the class, its tensors but for their
+    values, and its plain attributes."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    plain = {
+        k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, type(None)))
+    }
+    children = tuple(type(child) for child in module.modules())
+    return children, str([(k, t.shape, t.dtype, t.device) for k, t in tensors]), str(plain)
+
+
+def _replacement(module, known) -> tuple[type | None, str | None]:
+    """The class that replaces the module's, or why there is none (None: it is no normalization).
+
+    Args:
+        known: results of probes, by configuration; this call's is added.
+    """
+    candidates = registry.candidates(module)
+    if not candidates and type(module) not in TORCH:
+        return None, _reason(module)
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the instance, which a new class would not change"
+    if not candidates:
+        return TORCH[type(module)], None
+    key = _configuration(module)
+    if key not in known:
+        known[key] = _probed(module, candidates)
+    return known[key]
+
+
+def _probed(module, candidates):
+    for candidate in candidates:
+        difference = probe.difference(module, candidate)
+        if not difference:
+            return registry.replacement(type(module), candidate.forward), None
+    names = ", ".join(candidate.forward.__name__ for candidate in candidates)
+    why = f" ({difference})" if len(candidates) == 1 else ""
+    return None, f"on a probe its forward differs from {names}{why}"
+
+
+def _patterns(name, patterns):
+    if isinstance(patterns, str):
+        return (patterns,)
+    patterns = tuple(patterns) if isinstance(patterns, (tuple, list, set, frozenset)) else (patterns,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"convert: {name} must be a pattern of names, or several, not {patterns!r}")
+    return patterns
+
+
+def _check_model(function, model):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def _named(model):
+    """Each module with all its names, as one may stand in several places."""
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _hooks(module, names):
+    """The older weight normalizations, with the names of their weights."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, parametrizations.TorchWeightNormHook):
+            yield hook, [f"{name}.{hook.name}".removeprefix(".") for name in names]
+
+
+def _hook_reason(hook) -> str:
     """Why a hook of weight normalization is left."""
-    if cls.__module__ in OURS:
+    if type(hook).__module__ in OURS:
         return "already of tritonnorm"
     return "a subclass of torch's WeightNorm, which may compute something else"
 
 
-def convert(model: torch.nn.Module) -> Report:
-    """Replaces torch.nn's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d/2d/3d and InstanceNorm1d/2d/3d in
-    `model` by tritonnorm's, in place, and what `torch.nn.utils.parametrizations.weight_norm` or the
-    older `torch.nn.utils.weight_norm` put into it.
+def convert(model, include=None, exclude=None) -> Report:
+    """Replaces the normalizations of `model` by tritonnorm's, in place:
+
+    - torch.nn's LayerNorm, RMSNorm, GroupNorm, BatchNorm1d/2d/3d and InstanceNorm1d/2d/3d;
+    - what `torch.nn.utils.parametrizations.weight_norm` or the older `torch.nn.utils.weight_norm` made;
+    - those of Hugging Face's transformers that belong to one of `tritonnorm.families`: RMSNorm as Llama,
+      Gemma, OLMo2 and T5 round it, Mamba2's gated one, ConvNeXt's LayerNorm in both data formats;
+    - what was registered by `tritonnorm.register`.
 
     A module keeps its identity, parameters, buffers, hooks and state_dict: only its class changes. So
     every reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
+
+    torch.nn's classes must be exactly these. Of all others it is checked that they compute the same as
+    what replaces them, roundings included: once for each class, configuration and dtype, both run on a
+    probe, a copy of the module with random parameters. The model itself is not run. For modules on the
+    meta device the probe is on the CPU.
+
+    Args:
+        model: any module.
+        include: replace only modules of these names: a pattern or several, with fnmatch's wildcards
+            (`"decoder.*"`), of which `*` matches dots as well. None for all.
+        exclude: replace no modules of these names.
+
+    Returns:
+        A `Report` of what was replaced and of the normalizations that were left, with the reason.
+        A module that stands in several places is listed once, and a pattern may match any of its names.
+        The older weight normalization is a hook, and has the name of its weight.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module, or include or exclude no pattern.
+    """
+    _check_model("convert", model)
+    include = ("*",) if include is None else _patterns("include", include)
+    exclude = () if exclude is None else _patterns("exclude", exclude)
+    report, known = Report(), {}
+
+    def replace(owner, names, new, before):
+        def match(patterns):
+            return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+        if match(exclude):
+            report.left.append(Entry(names[0], before, "excluded"))
+        elif not match(include):
+            report.left.append(Entry(names[0], before, "not included"))
+        else:
+            owner.__class__ = new
+            report.replaced.append(Entry(names[0], before))
+
+    for module, names in _named(model).items():
+        new, reason = _replacement(module, known)
+        if new is not None:
+            replace(module, names, new, described(type(module)))
+        elif reason:
+            report.left.append(Entry(names[0], described(type(module)), reason))
+        for hook, weights in _hooks(module, names):
+            cls = type(hook)
+            if cls is parametrizations.TorchWeightNormHook:
+                replace(hook, weights, parametrizations.WeightNormHook, described(cls))
+            else:
+                report.left.append(Entry(weights[0], described(cls), _hook_reason(hook)))
+    return report
+
+
+def restore(model) -> Report:
+    """Undoes `convert`: modules of tritonnorm get the class back that theirs stands for, in place.
+
+    Modules that were tritonnorm's from the beginning become torch.nn's as well: classes do not tell.
 
     Args:
         model: any module.
 
     Returns:
-        A `Report` of what was replaced and of the normalizations that were left, with the reason.
-        A module that stands in several places is listed once. The older weight normalization is a
-        hook, and is listed by the name of its weight.
+        A `Report` of the modules that have another class now, and of those of tritonnorm that stand for
+        no other.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"convert: model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_model("restore", model)
     report = Report()
-    for name, module in model.named_modules():
+    for module, names in _named(model).items():
         cls = type(module)
-        described = f"{cls.__module__}.{cls.__qualname__}"
-        if cls in REPLACEMENTS and "forward" not in vars(module):
-            module.__class__ = REPLACEMENTS[cls]
-            report.replaced.append(Entry(name, described))
-        elif reason := _reason(module):
-            report.left.append(Entry(name, described, reason))
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, parametrizations.TorchWeightNormHook):
-                weight, cls = f"{name}.{hook.name}".removeprefix("."), type(hook)
-                described = f"{cls.__module__}.{cls.__qualname__}"
-                if cls is parametrizations.TorchWeightNormHook:
-                    hook.__class__ = parametrizations.WeightNormHook
-                    report.replaced.append(Entry(weight, described))
-                else:
-                    report.left.append(Entry(weight, described, _hook_reason(cls)))
+        if cls in ORIGINALS:
+            module.__class__ = ORIGINALS[cls]
+            report.replaced.append(Entry(names[0], described(type(module))))
+        elif base := next((base for base in cls.__mro__ if base in ORIGINALS), None):
+            reason = f"a subclass of tritonnorm's {base.__name__}"
+            report.left.append(Entry(names[0], described(cls), reason))
+        elif cls.__module__ in OURS:
+            report.left.append(Entry(names[0], described(cls), "stands for no other class"))
+        for hook, weights in _hooks(module, names):
+            if type(hook) is parametrizations.WeightNormHook:
+                hook.__class__ = parametrizations.TorchWeightNormHook
+                report.replaced.append(Entry(weights[0], described(type(hook))))
     return report
