@@ -14,7 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import tritonnorm as tn
@@ -188,6 +190,26 @@ def test_families_round_as_their_models_do(cls, dtype, x_dtype, device):
     y = norm(x)
     assert y.dtype == expected.dtype
     assert (y - expected).abs().gt(1e-5 * expected.abs() + 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "make", [lambda: MambaRMSNormGated(64, group_size=16), lambda: Qwen3NextRMSNormGated(64)]
+)
+def test_gated_families(make, dtype, device):
+    """The gate before the statistics, of groups; and after the weight. With their gradients."""
+    norm = make().to(device, dtype)
+    x, gate = (torch.randn(50, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    tensors = (x, gate, norm.weight)
+    expected = norm(x, gate)
+    dy = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, tensors, dy)
+    assert tn.convert(norm).replaced
+    y = norm(x, gate)
+    assert (y - expected).abs().gt(1e-5 * expected.abs() + 1e-6).float().mean() < 0.01
+    bound = 16 * torch.finfo(dtype).eps
+    for ours, theirs in zip(torch.autograd.grad(y, tensors, dy), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound * theirs.abs().max().item())
 
 
 def test_a_wrong_family_is_not_taken():

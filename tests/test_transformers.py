@@ -1,6 +1,7 @@
 """Models of Hugging Face's transformers, built from configurations with random weights: `convert`
 changes neither outputs nor gradients nor state_dict, and `restore` gives back what was there."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -60,7 +61,7 @@ WAV2VEC2 = TEXT | {
     "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 4,
 }
-ENCODEC = {"hidden_size": 8, "num_filters": 4, "upsampling_ratios": [4, 2], "codebook_size": 16}
+ENCODEC = {"hidden_size": 8, "num_filters": 4, "upsampling_ratios": [4], "codebook_size": 16}
 UNIVNET = {
     "model_in_channels": 8,
     "model_hidden_channels": 8,
@@ -148,7 +149,7 @@ MODELS = {
     hf.DetrModel: (DETR, image, {"LayerNorm": 6}, {"DetrFrozenBatchNorm2d": 6}),
     hf.Wav2Vec2Model: (WAV2VEC2, long_wave, {"GroupNorm": 1, "LayerNorm": 6, "_WeightNorm": 1}, {}),
     hf.WhisperModel: (WHISPER, spectrum, {"LayerNorm": 7}, {}),
-    hf.EncodecModel: (ENCODEC, wave, {"_WeightNorm": 20}, {}),
+    hf.EncodecModel: (ENCODEC, wave, {"_WeightNorm": 12}, {}),
     hf.UnivNetModel: (UNIVNET, noise, {"_WeightNorm": 10}, {}),
     VibeVoiceDiffusionHead: (DIFFUSION, noisy_latents, {"rounded_rms_norm": 2}, {}),
 }
@@ -221,17 +222,34 @@ def test_float32(cls):
     assert_near(results(model, inputs), expected, 0)
 
 
+def error(actual, exact):
+    """Root mean square over all tensors of their relative errors."""
+    relative = [(actual[k].float() - exact[k]).norm() / exact[k].norm().clamp(min=1e-9) for k in exact]
+    return torch.stack(relative).square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize(
-    "cls",
-    [hf.LlamaForCausalLM, hf.Gemma3ForCausalLM, hf.Olmo2ForCausalLM, hf.T5Model, hf.Mamba2ForCausalLM],
-    ids=lambda cls: cls.__name__,
+    ("cls", "dtype"),
+    [
+        (hf.LlamaForCausalLM, torch.float16),
+        (hf.LlamaForCausalLM, torch.bfloat16),
+        (hf.Gemma3ForCausalLM, torch.float16),
+        (hf.Gemma3ForCausalLM, torch.bfloat16),
+        (hf.Olmo2ForCausalLM, torch.float16),
+        (hf.T5Model, torch.float16),
+        (hf.T5Model, torch.bfloat16),
+        (hf.Mamba2ForCausalLM, torch.bfloat16),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_bfloat16(cls):
-    """To a few ulps of the whole: a rounding that falls otherwise in one layer moves all that follow."""
-    model, inputs = build(cls, torch.bfloat16), MODELS[cls][1]()
-    expected = results(model, inputs)
+def test_16_bits(cls, dtype):
+    """From the float32 model of the same weights it is as far as the original is. (In bfloat16 up to
+    four times: what the interpreter cuts off is twice what rounding leaves, and towards zero.)"""
+    model, inputs = build(cls, dtype), MODELS[cls][1]()
+    exact = results(copy.deepcopy(model).float(), inputs)
+    theirs = results(model, inputs)
     report = tn.convert(model)
     assert Counter(kinds(model, report.replaced)) == MODELS[cls][2]
-    actual = results(model, inputs)
-    assert all(actual[name].dtype == expected[name].dtype for name in expected)
-    assert_near(actual, expected, 16 * torch.finfo(torch.bfloat16).eps)
+    ours = results(model, inputs)
+    assert all(ours[name].dtype == theirs[name].dtype for name in theirs)
+    assert error(ours, exact) <= (1.2 if dtype == torch.float16 else 4) * error(theirs, exact)
