@@ -8,6 +8,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    # The tensors are small. Where other processes want the cores, as pytest-xdist's do, threads waiting
+    # for each other took five times as long (test_transformers.py, two cores).
+    torch.set_num_threads(1)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
