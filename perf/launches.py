@@ -6,9 +6,9 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from tritonnorm import heuristics, launch
-from tritonnorm.autograd import Running
 from tritonnorm.dtypes import compute_dtype
 from tritonnorm.formulas import RowOptions
+from tritonnorm.launch import Running
 
 from .shapes import DTYPES, OPERATORS, Case
 

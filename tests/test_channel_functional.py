@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import tritonnorm.functional as tF
-from tritonnorm import launch
+from tritonnorm import dispatch, launch
 
 SHAPES = [(3, 4), (3, 4, 5), (2, 4, 3, 5), (2, 4, 2, 3, 2)]
 FORMATS = {
@@ -532,21 +532,6 @@ def test_transforms_take_torch(call, no_kernel, device):
     torch.testing.assert_close(tangent, (expected * x.sin()).sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_compile_takes_torch_without_a_graph_break(device):
-    x = torch.randn(2, 4, 3, 5, device=device)
-    weight, bias, *_ = arguments(x)
-
-    def function(x, mean, var):
-        x = tF.batch_norm(x, mean, var, weight, bias, training=True)
-        x = tF.instance_norm(tF.group_norm(x, 2, weight), mean, var, weight, bias)
-        return tF.layer_norm2d(tF.batch_norm(x, mean, var), weight.double())
-
-    ours, theirs = statistics(device=device), statistics(device=device)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, *ours), function(x, *theirs), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_meta_tensors(no_kernel):
     x = torch.ones(2, 4, 3, 5, device="meta")
     for call in CALLS.values():
@@ -558,9 +543,9 @@ def test_large_sets_take_torch(no_kernel, monkeypatch, device):
     """One element more than the kernels can count."""
     x = torch.randn(2, 4, 3, 5, device=device)
     for call, elements in (("batch", 30), ("batch in evaluation", 15), ("group", 30), ("instance", 15)):
-        monkeypatch.setattr(tF, "LARGEST_SET", elements)
+        monkeypatch.setattr(dispatch, "LARGEST_SET", elements)
         assert_like_torch(call, x, x, *arguments(x))
-    monkeypatch.setattr(tF, "LARGEST_SET", 4)
+    monkeypatch.setattr(dispatch, "LARGEST_SET", 4)
     torch.testing.assert_close(tF.layer_norm2d(x), layer_norm2d(x))
 
 

@@ -430,18 +430,6 @@ def test_what_no_kernel_takes(no_kernel, device):
         tF.weight_norm(torch.ones(4, 3, dtype=torch.int32), torch.ones(4, 1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compile_takes_torch_without_a_graph_break(dtype, device):
-    v, g, dw = inputs((4, 3), 0, dtype, device)
-    leaves = [t.requires_grad_() for t in (v, g)]
-    compiled = torch.compile(lambda v, g: tF.weight_norm(v, g, 0), fullgraph=True, backend="aot_eager")
-    w = compiled(*leaves)
-    torch.testing.assert_close(w, tF.weight_norm(*leaves, 0))
-    torch.testing.assert_close(
-        torch.autograd.grad(w, leaves, dw), torch.autograd.grad(tF.weight_norm(*leaves, 0), leaves, dw)
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [0, None])
 def test_offsets_beyond_int32(dim):

@@ -1,12 +1,15 @@
 """The kernels as differentiable operators: an autograd function for rows, one for channels, and one for
-the weights of layers."""
+the weights of layers.
 
-from typing import NamedTuple
+The first argument of each is what runs them: `launch`, at once, or `library.operators`, which whoever
+watches operators sees. The latter return the statistics too, as the operators do.
+"""
 
 import torch
 
-from . import launch
-from .formulas import channel_formula, row_formula, weight_formula
+from . import launch, library
+from .formulas import RowOptions, channel_formula, row_formula, weight_formula
+from .watch import is_watched
 
 
 def formula_gradients(formula, dy, inputs, needed, options):
@@ -42,8 +45,8 @@ class RowNorm(torch.autograd.Function):
     """LayerNorm, RMSNorm and L2 normalization over the trailing dimensions."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, normalized_dims, options, dtype, memory_format):
-        y, mean, spread = launch.row_forward(
+    def forward(ctx, runner, x, weight, bias, normalized_dims, options, dtype, memory_format):
+        y, mean, spread = runner.row_forward(
             x,
             weight,
             bias,
@@ -56,18 +59,18 @@ class RowNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, spread)
         ctx.options = normalized_dims, options, dtype
         ctx.memory_format = memory_format
-        return y
+        return _results(ctx, runner, y, mean, spread)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *_):
         x, weight, bias, mean, spread = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[1:4]
         if not _takes_kernel(dy):
             needed = (needs_dx, needs_dweight, needs_dbias)
             gradients = formula_gradients(row_formula, dy, (x, weight, bias), needed, ctx.options)
         else:
-            normalized_dims, options, _ = ctx.options
-            dx, dweight, dbias = launch.row_backward(
+            normalized_dims, options, _dtype = ctx.options
+            dx, dweight, dbias = ctx.runner.row_backward(
                 dy.resolve_neg(),
                 x,
                 weight,
@@ -85,7 +88,17 @@ class RowNorm(torch.autograd.Function):
                 dweight.view(weight.shape) if needs_dweight else None,
                 dbias.view(bias.shape) if needs_dbias else None,
             ]
-        return (*gradients, None, None, None, None)
+        return (None, *gradients, None, None, None, None)
+
+
+def _results(ctx, runner, y, *statistics):
+    """What a forward pass returns: y, of the registered operators the statistics too."""
+    ctx.runner = runner
+    if runner is launch:
+        return y
+    statistics = [y.new_empty(0) if t is None else t for t in statistics]
+    ctx.mark_non_differentiable(*statistics)
+    return y, *statistics
 
 
 def _needs_graph(*tensors) -> bool:
@@ -96,12 +109,28 @@ def _contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
+def _row_norm(x, weight, bias, dims, *others):
+    *options, dtype, preserve_format, _save_statistics = others
+    if _needs_graph(x, weight, bias):
+        options, memory_format = RowOptions(*options), library.FORMATS[preserve_format]
+        return RowNorm.apply(library.operators, x, weight, bias, dims, options, dtype, memory_format)
+    return library.below_autograd("row_norm", x, weight, bias, dims, *others)
+
+
+library.define_gradient("row_norm", _row_norm)
+
+
 def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_format):
     """Normalizes x over its last `normalized_dims` dimensions, with statistics for the backward
     pass where one can come."""
+    if is_watched(x, weight, bias):
+        preserve_format = memory_format is torch.preserve_format
+        arguments = (normalized_dims, *options, dtype, preserve_format, False)
+        return torch.ops.tritonnorm.row_norm(x, weight, bias, *arguments)[0]
     weight, bias = _contiguous(weight, bias)
     if _needs_graph(x, weight, bias):
-        return RowNorm.apply(x, weight, bias, normalized_dims, options, dtype, memory_format)
+        arguments = (normalized_dims, options, dtype, memory_format)
+        return RowNorm.apply(launch, x, weight, bias, *arguments)
     y, _, _ = launch.row_forward(
         x,
         weight,
@@ -115,36 +144,28 @@ def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_form
     return y
 
 
-class Running(NamedTuple):
-    """Running statistics `[C]`, or None, and what they move by: a number, or a float64 tensor of one."""
-
-    mean: torch.Tensor | None
-    var: torch.Tensor | None
-    momentum: float | torch.Tensor
-
-
 class ChannelNorm(torch.autograd.Function):
     """BatchNorm, GroupNorm and InstanceNorm of `[N, C, *spatial]`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, over, eps, dtype, running, given):
+    def forward(ctx, runner, x, weight, bias, groups, over, eps, dtype, running, given):
         if over == "given":
             # Copies: a training step in between may move them before the backward pass comes.
             statistics = [t.clone() for t in given]
-            y = launch.channel_apply(x, weight, bias, *given, eps, dtype=dtype)
+            y = runner.channel_apply(x, weight, bias, *given, eps, dtype=dtype)
         else:
-            y, *statistics = launch.channel_forward(
+            y, *statistics = runner.channel_forward(
                 x, weight, bias, groups, over, eps, dtype=dtype, running=running, save_statistics=True
             )
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.options = groups, over, eps, dtype
-        return y
+        return _results(ctx, runner, y, *(() if over == "given" else statistics))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *_):
         x, weight, bias, *statistics = ctx.saved_tensors
-        groups, over, eps, _ = ctx.options
-        needed = ctx.needs_input_grad[:3]
+        groups, over, eps, _dtype = ctx.options
+        needed = ctx.needs_input_grad[1:4]
         if not _takes_kernel(dy):
             options = (*ctx.options, statistics)
             gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)
@@ -155,21 +176,30 @@ class ChannelNorm(torch.autograd.Function):
                 dbias_dtype=bias.dtype if needed[2] else None,
             )
             dy = dy.resolve_neg()
+            backward, arguments = ctx.runner.channel_backward, (*statistics, groups, over)
             if over == "given":
-                gradients = launch.channel_apply_backward(dy, x, weight, *statistics, eps, **outputs)
-            else:
-                gradients = launch.channel_backward(dy, x, weight, *statistics, groups, over, **outputs)
-        return (*gradients, None, None, None, None, None, None)
+                backward, arguments = ctx.runner.channel_apply_backward, (*statistics, eps)
+            gradients = backward(dy, x, weight, *arguments, **outputs)
+        return (None, *gradients, None, None, None, None, None, None)
 
 
 def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, given=None):
     """Normalizes x `[N, C, *spatial]` with the statistics of the "batch", of each image's "group"s of
     channels, or with a mean and variance `[C]` that are "given". `running` is updated in place."""
+    if is_watched(x, weight, bias):
+        ops, options = torch.ops.tritonnorm, (groups, over, eps, dtype, False)
+        if over == "given":
+            return ops.channel_apply(x, weight, bias, *given, eps, dtype)
+        if running is None:
+            return ops.channel_norm(x, weight, bias, *options)[0]
+        running = library.running_arguments(running)
+        return ops.channel_norm_running(x, weight, bias, *running, *options)[0]
     weight, bias = _contiguous(weight, bias)
     if over == "given":
         given = tuple(_contiguous(*given))
     if _needs_graph(x, weight, bias):
-        return ChannelNorm.apply(x, weight, bias, groups, over, eps, dtype, running, given)
+        options = (groups, over, eps, dtype, running, given)
+        return ChannelNorm.apply(launch, x, weight, bias, *options)
     if over == "given":
         return launch.channel_apply(x, weight, bias, *given, eps, dtype=dtype)
     y, _, _ = launch.channel_forward(
@@ -178,26 +208,59 @@ def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, 
     return y
 
 
+def _channel_norm(x, weight, bias, *options, running=()):
+    if _needs_graph(x, weight, bias):
+        moved = launch.Running(*running[:2], _momentum(*running[2:])) if running else None
+        options = options[:-1]
+        return ChannelNorm.apply(library.operators, x, weight, bias, *options, moved, None)
+    name = "channel_norm_running" if running else "channel_norm"
+    return library.below_autograd(name, x, weight, bias, *running, *options)
+
+
+def _momentum(in_memory, number):
+    return number if in_memory is None else in_memory
+
+
+def _channel_norm_running(x, weight, bias, *others):
+    return _channel_norm(x, weight, bias, *others[4:], running=others[:4])
+
+
+def _channel_apply(x, weight, bias, mean, variance, eps, dtype):
+    if _needs_graph(x, weight, bias):
+        options = (x.shape[1], "given", eps, dtype, None, (mean, variance))
+        return ChannelNorm.apply(library.operators, x, weight, bias, *options)[0]
+    return library.below_autograd("channel_apply", x, weight, bias, mean, variance, eps, dtype)
+
+
+library.define_gradient("channel_norm", _channel_norm)
+library.define_gradient("channel_norm_running", _channel_norm_running)
+library.define_gradient("channel_apply", _channel_apply)
+
+
 class WeightNorm(torch.autograd.Function):
-    """g * v / ||v|| of many tensors: `apply(dims, *vs, *gs)`."""
+    """g * v / ||v|| of many tensors: `apply(runner, dims, *vs, *gs)`."""
 
     @staticmethod
-    def forward(ctx, dims, *tensors):
+    def forward(ctx, runner, dims, *tensors):
         vs, gs = tensors[: len(dims)], tensors[len(dims) :]
-        ws, norms = launch.weights_forward(vs, gs, dims, save_statistics=True)
+        ws, norms = runner.weights_forward(vs, gs, dims, save_statistics=True)
         ctx.save_for_backward(*tensors, *norms)
         ctx.dims = dims
         ctx.set_materialize_grads(False)
-        needed = ctx.needs_input_grad[1:]
+        ctx.runner = runner
+        needed = ctx.needs_input_grad[2:]
         pairs = zip(needed[: len(dims)], needed[len(dims) :], strict=True)
-        ctx.mark_non_differentiable(*(w for w, pair in zip(ws, pairs, strict=True) if not any(pair)))
-        return tuple(ws)
+        frozen = [w for w, pair in zip(ws, pairs, strict=True) if not any(pair)]
+        statistics = () if runner is launch else norms
+        ctx.mark_non_differentiable(*frozen, *statistics)
+        return *ws, *statistics
 
     @staticmethod
     def backward(ctx, *dws):
         count, saved = len(ctx.dims), ctx.saved_tensors
+        dws = dws[:count]
         vs, gs, norms = (saved[i * count : (i + 1) * count] for i in range(3))
-        needs_dv, needs_dg = (ctx.needs_input_grad[1 + i * count :][:count] for i in range(2))
+        needs_dv, needs_dg = (ctx.needs_input_grad[2 + i * count :][:count] for i in range(2))
         dvs, dgs = [None] * count, [None] * count
         used = [i for i, dw in enumerate(dws) if dw is not None and (needs_dv[i] or needs_dg[i])]
         with_kernel = [i for i in used if _takes_kernel(dws[i])]
@@ -205,19 +268,33 @@ class WeightNorm(torch.autograd.Function):
             of_kernel = (
                 [t[i] for i in with_kernel] for t in (vs, gs, norms, ctx.dims, needs_dv, needs_dg)
             )
-            found = launch.weights_backward([dws[i].resolve_neg() for i in with_kernel], *of_kernel)
+            dense = [dws[i].resolve_neg() for i in with_kernel]
+            found = ctx.runner.weights_backward(dense, *of_kernel)
             for i, dv, dg in zip(with_kernel, *found, strict=True):
                 dvs[i], dgs[i] = dv, dg
         for i in set(used).difference(with_kernel):
             needed, inputs, options = (needs_dv[i], needs_dg[i]), (vs[i], gs[i]), (ctx.dims[i],)
             dvs[i], dgs[i] = formula_gradients(weight_formula, dws[i], inputs, needed, options)
-        return None, *dvs, *dgs
+        return None, None, *dvs, *dgs
 
 
 def normalize_weights(vs, gs, dims):
     """g * v / ||v|| of each v, with its norms along its dim, or where that is None the norm of all of
     it; no v is empty, and all lie on one device."""
+    if is_watched(*vs, *gs):
+        return torch.ops.tritonnorm.weight_norms(vs, gs, library.dim_numbers(dims), False)[0]
     gs = list(_contiguous(*gs))
     if _needs_graph(*vs, *gs):
-        return WeightNorm.apply(tuple(dims), *vs, *gs)
+        return WeightNorm.apply(launch, tuple(dims), *vs, *gs)
     return launch.weights_forward(vs, gs, dims, save_statistics=False)[0]
+
+
+def _weight_norms(vs, gs, dims, save_statistics):
+    if _needs_graph(*vs, *gs):
+        dims = tuple(library.dims_of(dims))
+        found = list(WeightNorm.apply(library.operators, dims, *vs, *gs))
+        return found[: len(vs)], found[len(vs) :]
+    return library.below_autograd("weight_norms", vs, gs, dims, save_statistics)
+
+
+library.define_gradient("weight_norms", _weight_norms)

@@ -4,18 +4,21 @@ import os
 from functools import reduce
 
 import torch
+from torch._subclasses import FakeTensor
 
 from .dtypes import HALF, SUPPORTED, compute_dtype
+from .views import LARGEST_SET
+from .watch import is_transformed
 
 try:
-    from .autograd import Running, normalize_channels, normalize_rows, normalize_weights
+    from .autograd import normalize_channels, normalize_rows, normalize_weights
+    from .launch import Running
 except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
     if error.name != "triton":
         raise
     Running = normalize_channels = normalize_rows = normalize_weights = None
 
 __all__ = [
-    "LARGEST_SET",
     "Running",
     "check_bool",
     "check_channels",
@@ -23,7 +26,7 @@ __all__ = [
     "check_number",
     "check_parameters",
     "check_running",
-    "is_eager",
+    "fits",
     "is_plain",
     "normalize_channels",
     "normalize_rows",
@@ -35,38 +38,31 @@ __all__ = [
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LARGEST_SET = 2**30
-"""Elements that share statistics: their indices are int32, with room for a last chunk or part."""
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_plain(*tensors) -> bool:
-    """Whether these are tensors, or None, and neither subclasses nor what stands for tensors in a trace:
-    those dispatch themselves in PyTorch's operator."""
-    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    """Whether these are tensors, fake ones too, or None, and not other subclasses or what stands for
+    tensors in a symbolic trace: those dispatch themselves in PyTorch's operator."""
+    return all(t is None or type(t) in PLAIN for t in tensors)
 
 
 def takes_kernel(*tensors) -> bool:
     """Whether these plain tensors, the input first, can go to a kernel."""
     x = tensors[0]
     return (
-        is_eager(*tensors)
-        and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+        (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
         and normalize_rows is not None
         and all(t is None or (t.dtype in SUPPORTED and t.layout is torch.strided) for t in tensors)
+        and not is_transformed()
+        and (torch.compiler.is_compiling() or not any(t is not None and t.is_neg() for t in tensors))
     )
 
 
-def is_eager(*tensors) -> bool:
-    """Whether operators run as they are called: no compiler, trace, transform (vmap, torch.func,
-    forward-mode AD), dispatch mode or pending negation."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._functorch.maybe_current_level() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not any(t is not None and t.is_neg() for t in tensors)
-    )
+def fits(*sizes) -> bool:
+    """Whether sets are of sizes that the kernels take. Of what is compiled the operator asks again, when
+    sizes are known: a guard would cut the range of dynamic ones."""
+    return torch.compiler.is_compiling() or all(size < LARGEST_SET for size in sizes)
 
 
 def result_dtype(x):

@@ -2,8 +2,8 @@
 
 The kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Other
 tensors take PyTorch's own operator: other devices, other dtypes than float16, bfloat16, float32 and
-float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.compile,
-torch.jit.trace, torch.fx, torch.func or forward-mode AD.
+float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.jit.trace,
+torch.fx, torch.func or forward-mode AD. torch.compile and torch.export see registered operators.
 
 All of them compute in float32 (float64 for float64 input) and round once. The input, the parameters
 and the running statistics may have dtypes of their own; the result has the input's. Under CUDA autocast
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .dispatch import (
-    LARGEST_SET,
     Running,
     check_bool,
     check_channels,
@@ -28,6 +27,7 @@ from .dispatch import (
     check_number,
     check_parameters,
     check_running,
+    fits,
     is_plain,
     normalize_channels,
     normalize_rows,
@@ -98,7 +98,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     _check_rows("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     eps = check_number("layer_norm", "eps", eps)
-    if takes_kernel(input, weight, bias) and prod(normalized_shape) < LARGEST_SET:
+    if takes_kernel(input, weight, bias) and fits(prod(normalized_shape)):
         return normalize_rows(
             input,
             weight,
@@ -140,7 +140,7 @@ def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
         )
     check_channels("layer_norm2d", input, weight=weight, bias=bias)
     eps = check_number("layer_norm2d", "eps", eps)
-    if takes_kernel(input, weight, bias) and input.shape[1] < LARGEST_SET:
+    if takes_kernel(input, weight, bias) and fits(input.shape[1]):
         y = normalize_rows(
             input.movedim(1, -1),
             weight,
@@ -182,7 +182,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         return F.rms_norm(input, normalized_shape, weight, eps)
     _check_rows("rms_norm", input, normalized_shape, weight=weight)
     eps = eps if eps is None else check_number("rms_norm", "eps", eps)
-    if takes_kernel(input, weight) and prod(normalized_shape) < LARGEST_SET:
+    if takes_kernel(input, weight) and fits(prod(normalized_shape)):
         if eps is None:
             eps = torch.finfo(compute_dtype(input)).eps
         return normalize_rows(
@@ -241,9 +241,8 @@ def rms_norm_variant(
         dtype: the result's; None for the input's, under autocast too.
 
     Returns:
-        A tensor of the input's shape; contiguous where a kernel computes it. Where none does, as in
-        `torch.compile` (whose inductor may drop x_hat's rounding, as it does in the models' own
-        classes), and for float64 input that is to be rounded, it is a formula in plain PyTorch.
+        A tensor of the input's shape; contiguous where a kernel computes it. Where none does, and for
+        float64 input that is to be rounded, it is a formula in plain PyTorch.
 
     Raises:
         ValueError: round_to is none of these, or it or weight_offset needs a weight that is None.
@@ -283,7 +282,7 @@ def rms_norm_variant(
     if (
         is_plain(input, weight)
         and takes_kernel(input, weight)
-        and prod(normalized_shape) < LARGEST_SET
+        and fits(prod(normalized_shape))
         and not (wide is torch.float64 and rounded)
     ):
         # A kernel of float32 takes no gradient in float64, and one of float64 none in less.
@@ -332,7 +331,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
         and is_plain(input)
         and _are_dims(dims, input.dim())
         and takes_kernel(input)
-        and prod(input.shape[d] for d in dims) < LARGEST_SET
+        and fits(prod([input.shape[d] for d in dims]))
     ):
         last = tuple(range(-len(dims), 0))
         y = normalize_rows(
@@ -387,7 +386,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     size = input.shape[1] // groups * prod(input.shape[2:])
     if input.shape[0] * size == 1:
         raise ValueError(f"group_norm: input of shape {list(input.shape)} has one value per group")
-    if takes_kernel(input, weight, bias) and size < LARGEST_SET:
+    if takes_kernel(input, weight, bias) and fits(size):
         return normalize_channels(input, weight, bias, groups, "group", eps, result_dtype(input))
     return with_torch(lambda x, w, b: F.group_norm(x, groups, w, b, eps), input, weight, bias)
 
@@ -402,7 +401,7 @@ def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, mome
     """
     uses_input = over != "given"
     size = prod(input.shape[2:]) * (input.shape[0] if over == "batch" else 1)
-    if takes_kernel(input, *running, weight, bias) and size < LARGEST_SET:
+    if takes_kernel(input, *running, weight, bias) and fits(size):
         if isinstance(momentum, torch.Tensor):
             momentum = momentum.to(input.device, torch.float64)
         return normalize_channels(
@@ -617,7 +616,7 @@ def weight_norms_by_name(function, vs, gs, dims, v_names, g_names):
     by_device = {}
     for i, (v, g, dim) in enumerate(zip(vs, gs, checked, strict=True)):
         sizes = (1, v.numel()) if dim is None else (v.shape[dim], v.numel() // max(v.shape[dim], 1))
-        if is_plain(v, g) and takes_kernel(v, g) and v.numel() and max(sizes) < LARGEST_SET:
+        if is_plain(v, g) and takes_kernel(v, g) and v.numel() and fits(*sizes):
             by_device.setdefault(v.device, []).append(i)
     ws = [None] * len(vs)
     for numbers in by_device.values():

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNormHook
 
 from . import functional
-from .dispatch import is_eager, is_plain
+from .dispatch import is_plain
+from .watch import is_transformed, is_watched
 
 TorchWeightNorm = parametrizations._WeightNorm
 
@@ -42,7 +43,9 @@ def _state(v, g):
 
 def _can_be_cached(v, g) -> bool:
     """Whether these tell their state, and nothing watches or transforms what is computed."""
-    return is_plain(v, g) and is_eager(v, g) and not (v.is_inference() or g.is_inference())
+    return is_plain(v, g) and not (
+        is_watched(v, g) or is_transformed() or v.is_inference() or g.is_inference()
+    )
 
 
 def _weight(owner, v, g):

@@ -14,6 +14,10 @@ ROW_LEVELS = 3
 MOST_POSITIONS = 2**30
 """Positions, at most, to which images are merged: with a part of them added, int32 holds them still."""
 
+LARGEST_SET = 2**30
+"""Kernels take sets of fewer elements that share statistics: their indices are int32, with room for a
+last chunk or part."""
+
 LARGEST_ALIGNMENT = 16  # elements: 16 bytes or more, which is as wide as accesses are
 
 
@@ -165,22 +169,31 @@ class WeightView:
         return self.s if self.adjacent == "s" else self.c
 
 
-@lru_cache(maxsize=4096)
-def weight_view(shape, strides, dim: int | None) -> WeightView | None:
-    """A tensor with its norms along `dim`, over all other dimensions, or where that is None over all;
-    None unless it is dense: its elements, in some order of the dimensions, without gaps.
-
-    >>> weight_view((2, 3, 4), (12, 4, 1), 1)
-    WeightView(n=2, c=3, s=4, adjacent='s')
-    """
+def memory_order(shape, strides) -> list[int] | None:
+    """The dimensions of a dense tensor from the outermost in memory to the innermost, but those of size
+    1; None of a tensor that is not dense: with gaps, or elements that overlap."""
     order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[d])
     step = 1
     for d in reversed(order):
         if strides[d] != step:
             return None
         step *= shape[d]
+    return order
+
+
+@lru_cache(maxsize=4096)
+def weight_view(shape, strides, dim: int | None) -> WeightView | None:
+    """A dense tensor with its norms along `dim`, over all other dimensions, or where that is None over
+    all; None of one that is not dense.
+
+    >>> weight_view((2, 3, 4), (12, 4, 1), 1)
+    WeightView(n=2, c=3, s=4, adjacent='s')
+    """
+    order = memory_order(shape, strides)
+    if order is None:
+        return None
     if dim not in order:
-        return WeightView(1, 1, step, "s")
+        return WeightView(1, 1, prod(shape), "s")
     place = order.index(dim)
     outer, inner = (prod(shape[d] for d in part) for part in (order[:place], order[place + 1 :]))
     if inner == 1 and outer > 1:

@@ -7,6 +7,7 @@ Outputs have the memory format of the input.
 
 from dataclasses import replace
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -73,6 +74,14 @@ def _in_tile(sets: Sets, tile: heuristics.GroupTile):
         maxnreg=tile.registers,
         **sets.arguments,
     )
+
+
+class Running(NamedTuple):
+    """Running statistics `[C]`, or None, and what they move by: a number, or a float64 tensor of one."""
+
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    momentum: float | torch.Tensor
 
 
 class _Running:

@@ -20,7 +20,7 @@ from ..kernels.weight import (
     weight_normalize,
     weight_squares,
 )
-from ..views import WeightView, weight_view
+from ..views import WeightView, memory_order, weight_view
 from .common import FP_FUSION, on_device
 from .pieces import in_pieces
 
@@ -137,8 +137,13 @@ def _fold_step(plan, x) -> int:
     return heuristics.weight_fold(plan.tile[0], x.element_size())
 
 
-def _dense(x, dim):
-    return x if weight_view(x.shape, x.stride(), dim) else x.contiguous()
+def is_dense(x) -> bool:
+    """Whether the elements of x lie, in some order of its dimensions, without gaps."""
+    return memory_order(x.shape, x.stride()) is not None
+
+
+def _dense(x):
+    return x if is_dense(x) else x.contiguous()
 
 
 def _as_strided_as(x, like):
@@ -152,7 +157,7 @@ def _as_strided_as(x, like):
 def weights_forward(xs, gains, dims, *, save_statistics):
     """y = gain * x / ||x|| of each x, none of them empty, and its norms `[C]`, None unless
     `save_statistics`. A gain has as many elements as there are norms, contiguous."""
-    xs = [_dense(x, dim) for x, dim in zip(xs, dims, strict=True)]
+    xs = [_dense(x) for x in xs]
     ys = [torch.empty_like(x) for x in xs]
     plans = [
         _plan(
@@ -182,7 +187,7 @@ def weights_forward(xs, gains, dims, *, save_statistics):
 
 def weights_backward(dys, xs, gains, spreads, dims, needs_dx, needs_dgain):
     """dx and dgain of each x; None for those that are not needed."""
-    xs = [_dense(x, dim) for x, dim in zip(xs, dims, strict=True)]
+    xs = [_dense(x) for x in xs]
     dys = [_as_strided_as(dy, x) for dy, x in zip(dys, xs, strict=True)]
     dxs = [torch.empty_like(x) if needed else None for x, needed in zip(xs, needs_dx, strict=True)]
     # Of float64 input dgain is left in float64: Triton's interpreter casts it wrongly to 16 bits.

@@ -1,0 +1,24 @@
+"""Who looks on while operators are called."""
+
+import torch
+from torch._subclasses import FakeTensor
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether a transform is at work, now or in what is being compiled: vmap, torch.func, forward-mode
+    AD, or torch.jit.trace."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def is_watched(*tensors) -> bool:
+    """Whether somebody has to see the operator: a compiler, a dispatch mode, a fake tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(t) is FakeTensor for t in tensors)
+    )
