@@ -179,6 +179,17 @@ def normalized(x, mean_ptr, rstd, rows, mask, M):
 
 
 @triton.jit
+def recovered(y, weight_ptr, bias_ptr, cols, mask, N: tl.constexpr, OFFSET: tl.constexpr):
+    """x_hat from y = x_hat * (OFFSET + weight) + bias; zero in the padding lanes."""
+    if bias_ptr is not None:
+        y -= load_parameter(bias_ptr, cols, y.dtype, N)
+    if weight_ptr is not None:
+        weight = load_parameter(weight_ptr, cols, y.dtype, N, OFFSET)
+        y *= 1.0 / tl.where((cols < N)[None, :], weight, 1.0)
+    return tl.where(mask, y, 0.0)
+
+
+@triton.jit
 def gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N: tl.constexpr, NORM: tl.constexpr):
     """c1 = mean(wdy * x_hat) and c2 = mean(wdy), as the normalization has them: RMSNorm's c2 is zero;
     for "l2", c1 is the sum, and zero where eps took the norm's place."""

@@ -17,6 +17,7 @@ from .primitives import (
     load_parameter,
     load_tile,
     normalized,
+    recovered,
     row_spread,
     scale,
     store_tile,
@@ -146,8 +147,9 @@ def row_forward_looped(
 @triton.jit(do_not_specialize=["M"])
 def row_gradient_means(
     dy_ptr,  # [M, N]
-    x_ptr,  # [M, N]
+    x_ptr,  # [M, N]; with SAVED "y" that is y
     weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None, for SAVED "y"
     mean_ptr,  # [M] or None
     spread_ptr,  # [M]
     c1_ptr,  # [M]
@@ -161,6 +163,7 @@ def row_gradient_means(
     N: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
+    SAVED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -180,7 +183,11 @@ def row_gradient_means(
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N, OFFSET)
-        wdy_x_hat += wdy * normalized(x, mean_ptr, rstd, rows, mask, M)
+        if SAVED == "y":
+            x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
+        else:
+            x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+        wdy_x_hat += wdy * x_hat
         wdy_sum += wdy
 
     c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), spread, eps, N, NORM)
@@ -191,8 +198,9 @@ def row_gradient_means(
 @triton.jit(do_not_specialize=["M"])
 def row_backward(
     dy_ptr,  # [M, N]
-    x_ptr,  # [M, N]
+    x_ptr,  # [M, N]; with SAVED "y" that is y
     weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None, for SAVED "y"
     mean_ptr,  # [M] or None
     spread_ptr,  # [M]
     c1_ptr,  # [M], or None: rows are resident, BLOCK_N >= N
@@ -210,6 +218,7 @@ def row_backward(
     N: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
+    SAVED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -231,7 +240,10 @@ def row_backward(
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
         rstd = scale(spread, eps, NORM)
-        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+        if SAVED == "y":
+            x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
+        else:
+            x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
 
         if dweight_partial_ptr is not None:
             dweight += dy * x_hat

@@ -82,7 +82,7 @@ def _parameters(case: Case):
     ]
 
 
-def _run_rows(case: Case, x, **options) -> None:
+def _run_rows(case: Case, x, from_output=False, **options) -> None:
     options = RowOptions(OPERATORS[case.operator].norm, EPS, **options)
     weight, bias = _parameters(case)
     memory_format = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
@@ -103,7 +103,7 @@ def _run_rows(case: Case, x, **options) -> None:
         torch.ones_like(x),
         x,
         weight,
-        spread.clone() if options.norm == "layer" else None,
+        spread.clone() if options.norm == "layer" and not from_output else None,
         spread,
         1,
         options,
@@ -111,6 +111,7 @@ def _run_rows(case: Case, x, **options) -> None:
         needs_dx=True,
         dweight_dtype=weight if weight is None else weight.dtype,
         dbias_dtype=bias if bias is None else bias.dtype,
+        recover=(bias,) if from_output else None,
     )
 
 
@@ -163,7 +164,8 @@ def teams():
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`;
-    "rounded" rounds x_hat and offsets the weight, as models do; "team" has teams take what is held in
+    "rounded" rounds x_hat and offsets the weight, as models do; "output" starts a backward pass from the
+    output; "team" has teams take what is held in
     pieces; "halved" has each layer of a stack take channels half as long as those of the one before."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "weights":
@@ -176,6 +178,8 @@ def run(case: Case, variant: str | None = None) -> None:
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
     elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
+    elif variant == "output":
+        _run_rows(case, torch.ones(case.shape, dtype=dtype), from_output=True)
     elif variant == "rounded":
         _run_rows(case, torch.ones(case.shape, dtype=dtype), weight_offset=1.0, round_to=dtype)
     else:

@@ -364,7 +364,7 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
     most, and is compiled for every width and for strided rows; the others for adjacent elements in
-    bfloat16. Two of RMSNorm as models round it."""
+    bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
@@ -387,6 +387,11 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             chosen += [
                 (Case("rms_norm", direction, (ROWS, n), "bf16"), "rounded") for direction in PASSES
             ]
+        chosen += [
+            (Case("layer_norm", "backward", (ROWS, n), dtype), "output")
+            for dtype in ("bf16", "fp32")
+            for n in (128, 1000, 8192, 65536)
+        ]
     return chosen
 
 

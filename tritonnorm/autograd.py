@@ -5,10 +5,13 @@ The first argument of each is what runs them: `launch`, at once, or `library.ope
 watches operators sees. The latter return the statistics too, as the operators do.
 """
 
+from math import prod
+
 import torch
 
 from . import launch, library
-from .formulas import RowOptions, channel_formula, row_formula, weight_formula
+from .formulas import RowOptions, channel_formula, row_deviation, row_formula, weight_formula
+from .saving import output_suffices
 from .watch import is_watched
 
 
@@ -91,6 +94,53 @@ class RowNorm(torch.autograd.Function):
         return (None, *gradients, None, None, None, None)
 
 
+class RowNormFromOutput(torch.autograd.Function):
+    """`RowNorm` that keeps its output in the place of its input, where `saving.output_suffices`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, normalized_dims, options, dtype, memory_format):
+        outputs = dict(dtype=dtype, memory_format=memory_format, save_statistics=True)
+        y, _, spread = launch.row_forward(x, weight, bias, normalized_dims, options, **outputs)
+        ctx.save_for_backward(y, weight, bias, spread)
+        ctx.options = normalized_dims, options, dtype
+        ctx.memory_format = memory_format
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, weight, bias, spread = ctx.saved_tensors
+        normalized_dims, options, _dtype = ctx.options
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'save="output" does not keep the input, of which the second derivative is one: '
+                'use save="input" with create_graph=True'
+            )
+        needed = ctx.needs_input_grad[:3]
+        if not _is_plain(dy):
+            # Of the deviation from the mean, which has the same gradient.
+            x = row_deviation(y, weight, bias, spread, normalized_dims, options)
+            x.requires_grad_(needed[0])
+            gradients = formula_gradients(row_formula, dy, (x, weight, bias), needed, ctx.options)
+            return (*gradients, None, None, None, None)
+        dx, dweight, dbias = launch.row_backward(
+            dy.resolve_neg(),
+            y,
+            weight,
+            None,
+            spread,
+            normalized_dims,
+            options,
+            memory_format=ctx.memory_format,
+            needs_dx=needed[0],
+            dweight_dtype=weight.dtype if needed[1] else None,
+            dbias_dtype=bias.dtype if needed[2] else None,
+            recover=(bias,),
+        )
+        dweight = dweight.view(weight.shape) if needed[1] else None
+        dbias = dbias.view(bias.shape) if needed[2] else None
+        return dx, dweight, dbias, None, None, None, None
+
+
 def _results(ctx, runner, y, *statistics):
     """What a forward pass returns: y, of the registered operators the statistics too."""
     ctx.runner = runner
@@ -120,9 +170,9 @@ def _row_norm(x, weight, bias, dims, *others):
 library.define_gradient("row_norm", _row_norm)
 
 
-def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_format):
+def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_format, save_output=False):
     """Normalizes x over its last `normalized_dims` dimensions, with statistics for the backward
-    pass where one can come."""
+    pass where one can come. With `save_output` it starts from y, where that suffices."""
     if is_watched(x, weight, bias):
         preserve_format = memory_format is torch.preserve_format
         arguments = (normalized_dims, *options, dtype, preserve_format, False)
@@ -130,6 +180,10 @@ def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_form
     weight, bias = _contiguous(weight, bias)
     if _needs_graph(x, weight, bias):
         arguments = (normalized_dims, options, dtype, memory_format)
+        if save_output:
+            n = prod(x.shape[x.dim() - normalized_dims :])
+            if output_suffices(x, weight, bias, options.weight_offset, dtype, n):
+                return RowNormFromOutput.apply(x, weight, bias, *arguments)
         return RowNorm.apply(launch, x, weight, bias, *arguments)
     y, _, _ = launch.row_forward(
         x,

@@ -46,6 +46,17 @@ def row_formula(x, weight, bias, normalized_dims, options, dtype):
     return y.to(dtype)
 
 
+def row_deviation(y, weight, bias, rstd, normalized_dims, options):
+    """x less its mean, from the y of `row_formula` and the rstd of each row."""
+    x_hat = y.to(rstd.dtype)
+    if bias is not None:
+        x_hat = x_hat - bias
+    if weight is not None:
+        x_hat = x_hat / (weight.to(rstd.dtype) + options.weight_offset)
+    rows = (*y.shape[: y.dim() - normalized_dims], *[1] * normalized_dims)
+    return (x_hat / rstd.view(rows)).to(y.dtype)
+
+
 def channel_formula(x, weight, bias, groups, over, eps, dtype, given=None):
     """Batch, group and instance normalization of `[N, C, *spatial]`."""
     n, c = x.shape[:2]

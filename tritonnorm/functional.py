@@ -72,7 +72,14 @@ def _check_rows(name, input, normalized_shape, **parameters):
     check_parameters(name, input, shape, **parameters)
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _check_save(name, save):
+    """Whether the output is to be kept where that suffices."""
+    if save not in ("input", "output"):
+        raise ValueError(f'{name}: save must be "input" or "output", not {save!r}')
+    return save == "output"
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, save="input"):
     """Layer normalization over the trailing dimensions (Ba, Kiros and Hinton, arXiv:1607.06450).
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -86,6 +93,14 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         normalized_shape: tuple of ints.
         weight, bias: of shape `normalized_shape`, or None.
         eps: added to the variance.
+        save: what is kept for the backward pass: "input", or "output", which takes no memory of its own
+            where the next layer keeps it too, as a linear one does. The output is kept only where x_hat
+            comes back from it with the precision of its dtype: that is input's, |bias| <= |weight|,
+            and weights are neither subnormal in it nor so large that it could overflow
+            (`tritonnorm/saving.py`). This reads the parameters, on a GPU with a wait, once they have
+            changed. Gradients are then those of the rounded output; there is no second derivative, and
+            the output must not be changed in place. It has no effect where operators are watched, as by
+            torch.compile, nor on PyTorch's own.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (under CUDA autocast float32).
@@ -93,7 +108,9 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     Raises:
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, or eps not a number.
+        ValueError: save is neither "input" nor "output".
     """
+    save_output = _check_save("layer_norm", save)
     if not is_plain(input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     _check_rows("layer_norm", input, normalized_shape, weight=weight, bias=bias)
@@ -107,6 +124,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
             RowOptions("layer", eps),
             result_dtype(input),
             torch.contiguous_format,
+            save_output,
         )
     return with_torch(lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias)
 
@@ -154,7 +172,7 @@ def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
     return with_torch(with_layer_norm, input, weight, bias)
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None):
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, save="input"):
     """Root mean square normalization over the trailing dimensions (Zhang and Sennrich,
     arXiv:1910.07467).
 
@@ -168,6 +186,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         weight: of shape `normalized_shape`, or None.
         eps: added to the mean of squares; None means, as in PyTorch, the machine epsilon of the
             dtype computed in: float32's also for float16 and bfloat16.
+        save: "input" or "output", as for `layer_norm`.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (under CUDA autocast float32). Hugging
@@ -178,6 +197,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, or eps not a number.
     """
+    save_output = _check_save("rms_norm", save)
     if not is_plain(input, weight):
         return F.rms_norm(input, normalized_shape, weight, eps)
     _check_rows("rms_norm", input, normalized_shape, weight=weight)
@@ -193,6 +213,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
             RowOptions("rms", eps),
             result_dtype(input),
             torch.contiguous_format,
+            save_output,
         )
     return with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
 

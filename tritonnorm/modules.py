@@ -23,11 +23,16 @@ __all__ = [
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm, computed by `tritonnorm.functional.layer_norm`.
 
-    Input and output: `[*, *normalized_shape]`.
+    Input and output: `[*, *normalized_shape]`. Set `save` to "output" to keep that for the backward
+    pass, in the place of the input, where it suffices.
     """
 
+    save = "input"
+
     def forward(self, input):
-        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return functional.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, save=self.save
+        )
 
 
 class LayerNorm2d(torch.nn.LayerNorm):
@@ -47,11 +52,13 @@ class LayerNorm2d(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm, computed by `tritonnorm.functional.rms_norm`.
 
-    Input and output: `[*, *normalized_shape]`.
+    Input and output: `[*, *normalized_shape]`. `save` is that of `LayerNorm`.
     """
 
+    save = "input"
+
     def forward(self, x):
-        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps, save=self.save)
 
 
 class GroupNorm(torch.nn.GroupNorm):

@@ -97,8 +97,12 @@ def row_backward(
     needs_dx,
     dweight_dtype,
     dbias_dtype,
+    recover=None,
 ):
-    """dx, dweight and dbias `[N]`; None for what is not needed (a dtype that is None)."""
+    """dx, dweight and dbias `[N]`; None for what is not needed (a dtype that is None).
+
+    With `recover`, a tuple of the bias or None, x is the y of the forward pass, and mean is None.
+    """
     n = prod(x.shape[x.dim() - normalized_dims :])
     dtypes = (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x, memory_format=memory_format) if needs_dx else None
@@ -115,6 +119,7 @@ def row_backward(
         dy_ptr=dy,
         x_ptr=x,
         weight_ptr=weight,
+        bias_ptr=recover[0] if recover else None,
         mean_ptr=mean,
         spread_ptr=spread,
         dy_strides=view.strides[1],
@@ -126,6 +131,7 @@ def row_backward(
         N=view.n,
         NORM=options.norm,
         OFFSET=options.weight_offset,
+        SAVED="y" if recover else "x",
         ROWS=tile.rows,
         BLOCK_N=tile.block_n,
         ALIGN=align,
