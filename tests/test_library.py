@@ -218,7 +218,11 @@ def test_dispatch_modes(name, device):
         gradients = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
 
-    seen = []
+    seen, y = [], function(*inputs)
+    with Record():
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
+    assert f"tritonnorm::{expected[1]}" in seen
+    seen.clear()
     with Record():
         watched = results(function, inputs)
     names = [n.removeprefix("tritonnorm::") for n in seen if n.startswith("tritonnorm")]
@@ -281,6 +285,11 @@ def samples(device):
             yield "row_norm", (x, weight, bias, 1, norm, 1e-5, 0.0, None, F32, False, False)
         yield "row_norm", (x.mT, make(4), None, 1, "layer", 1e-5, 0.0, None, BF16, True, True)
         yield "row_norm", (x, w, None, 1, "rms", 1e-5, 1.0, BF16, F32, False, False)
+        x = x.detach().to(BF16).requires_grad_(grad)
+        yield "row_norm", (x, w, None, 1, "rms", 1e-5, 0.0, None, BF16, False, False)
+        yield "row_norm", (x[:, :0], w, b, 1, "layer", 1e-5, 0.0, None, F32, False, True)
+        yield "channel_norm", (x, make(4), None, 2, "group", 1e-5, BF16, False)
+        yield "channel_norm", (x[:1].expand(3, 4, 8), None, None, 4, "batch", 1e-5, BF16, True)
         x, w, b = make(2, 8, 3, 5), make(8), make(8)
         options = (1e-5, F32, False)
         yield "channel_norm", (x, w, b, 2, "group", *options)

@@ -8,7 +8,9 @@ from tolerances import assert_close
 import tritonnorm as tn
 import tritonnorm.functional as tF
 from perf.launches import observe
-from tritonnorm.saving import output_suffices
+from tritonnorm import saving
+from tritonnorm.formulas import RowOptions
+from tritonnorm.saving import least_weight, output_suffices
 
 EPS = 1e-5
 N = 1000
@@ -35,6 +37,11 @@ def gradients(function, x, weight, bias, dy, save="output"):
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     found = torch.autograd.grad(function(*leaves, save), leaves, dy, allow_unused=True)
     return [f for f in found if f is not None]
+
+
+def keeps_output(y):
+    """Whether the graph of y keeps it."""
+    return type(y.grad_fn).__name__.startswith("RowNormFromOutput")
 
 
 def saved_in_backward(function):
@@ -79,6 +86,7 @@ def test_16_bits(dtype, parameters, device):
     arguments = inputs(
         device, 4, N, dtype=dtype, parameters=None if parameters == "same" else parameters
     )
+    assert saved_in_backward(lambda: gradients(layer_norm, *arguments)) == {"y"}
     found, expected = (gradients(layer_norm, *arguments, save) for save in ("output", "input"))
     for f, e in zip(found, expected, strict=True):
         assert f.dtype == e.dtype
@@ -90,6 +98,7 @@ def test_without_parameters(device):
     x, _, _, dy = inputs(device, 4, 64)
     for function in (layer_norm, rms_norm):
         leaf = x.clone().requires_grad_()
+        assert keeps_output(function(leaf, None, None))
         found, expected = (
             torch.autograd.grad(function(leaf, None, None, save), leaf, dy)[0]
             for save in ("output", "input")
@@ -99,23 +108,27 @@ def test_without_parameters(device):
 
 def test_the_result_is_the_same(device):
     x, weight, bias, _ = inputs(device, 4, 64)
-    for t in (x, x.requires_grad_()):
-        assert torch.equal(layer_norm(t, weight, bias), layer_norm(t, weight, bias, "input"))
+    for t in (x, x.clone().requires_grad_()):
+        y = layer_norm(t, weight, bias)
+        assert torch.equal(y, layer_norm(t, weight, bias, "input"))
+        assert keeps_output(y) == t.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_criterion(dtype, device):
     x = torch.ones(2, 4, dtype=dtype, device=device)
-    tiny, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    tiny, largest = least_weight(dtype), torch.finfo(dtype).max
 
-    def suffices(weight, bias=None, offset=0.0, to=dtype):
+    def suffices(weight, bias=None, offset=0.0, to=dtype, eps=EPS):
         weight, bias = (t if t is None else torch.tensor(t, device=device) for t in (weight, bias))
-        return output_suffices(x, weight, bias, offset, to, 4)
+        return output_suffices(x, weight, bias, RowOptions("layer", eps, offset), to, 4)
 
     assert suffices(None)
     assert suffices([1.0, -1.0, 0.5, 2.0])
     assert suffices([1.0, -1.0, 0.5, 2.0], [1.0, 1.0, -0.5, 0.0])
-    assert suffices([tiny] * 4)
+    assert suffices([1.0] * 4)
+    assert not suffices([1.0] * 4, eps=-EPS)
+    assert suffices([1.001 * tiny] * 4)
     assert suffices([0.0] * 4, offset=1.0)
     assert not suffices([1.0, 0.0, 1.0, 1.0])
     assert not suffices([1.0, tiny / 2, 1.0, 1.0])
@@ -145,6 +158,63 @@ def test_a_changed_parameter_is_looked_at_again(device):
         with torch.no_grad():
             module.weight[3] = value
         assert saved_in_backward(lambda: module(x).sum().backward()) == {expected}
+
+
+def test_reads(device, monkeypatch):
+    """Parameters are read once for each version and use; always where versions do not count, as with
+    FSDP2; computed ones never."""
+    reads, decide = [], saving._suffices
+
+    def counted(*arguments):
+        reads.append(None)
+        return decide(*arguments)
+
+    monkeypatch.setattr(saving, "_suffices", counted)
+
+    def count(function, times):
+        reads.clear()
+        for _ in range(times):
+            function()
+        return len(reads)
+
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    weight = torch.nn.Parameter(torch.ones(8, device=device))
+    biases = [torch.nn.Parameter(torch.zeros(8, device=device)) for _ in range(2)]
+    assert count(lambda: layer_norm(x, weight, None), 3) == 3
+    for parameter in (weight, *biases):
+        with torch.no_grad():
+            parameter.mul_(1)
+    assert count(lambda: [layer_norm(x, weight, bias) for bias in biases], 3) == 2
+    assert count(lambda: layer_norm(x, weight * 1, None), 3) == 0
+    assert not keeps_output(layer_norm(x, weight * 1, None))
+    with torch.no_grad():
+        weight.mul_(2)
+    assert count(lambda: rms_norm(x, weight, None), 3) == 1
+
+
+def test_offsets(device):
+    """Of a weight that is zero but for its offset, as Gemma's begins."""
+    x, _, _, dy = inputs(device, 3, N)
+    weight = torch.zeros(N, device=device)
+    found = []
+    for save in ("output", "input"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = tF.rms_norm_variant(leaves[0], (N,), leaves[1], weight_offset=1.0, save=save)
+        assert keeps_output(y) == (save == "output")
+        found.append(torch.autograd.grad(y, leaves, dy))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_capture_keeps_the_input():
+    """Parameters may change between replays."""
+    module = tn.LayerNorm(64, device="cuda")
+    module.save = "output"
+    x = torch.randn(16, 64, device="cuda", requires_grad=True)
+    assert keeps_output(module(x))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert not keeps_output(module(x))
 
 
 def kept(function, parameters, rows):
@@ -189,8 +259,9 @@ def test_no_second_derivative(device):
 def test_batched_gradients(device):
     x, weight, bias, dy = inputs(device, 3, 8)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    batch = torch.stack([dy, 2 * dy])
-    found = torch.autograd.grad(layer_norm(*leaves), leaves, batch, is_grads_batched=True)
+    batch, y = torch.stack([dy, 2 * dy]), layer_norm(*leaves)
+    assert keeps_output(y)
+    found = torch.autograd.grad(y, leaves, batch, is_grads_batched=True)
     for f, e in zip(found, gradients(layer_norm, x, weight, bias, dy), strict=True):
         torch.testing.assert_close(f, torch.stack([e, 2 * e]), rtol=1e-4, atol=1e-5)
 
@@ -205,6 +276,6 @@ def test_a_changed_output_is_noticed(device):
 
 def test_errors(device):
     x = torch.ones(2, 4, device=device)
-    for function in (tF.layer_norm, tF.rms_norm):
+    for function in (tF.layer_norm, tF.rms_norm, tF.rms_norm_variant):
         with pytest.raises(ValueError, match="save"):
             function(x, (4,), save="both")

@@ -62,7 +62,7 @@ class RowNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, spread)
         ctx.options = normalized_dims, options, dtype
         ctx.memory_format = memory_format
-        return _results(ctx, runner, y, mean, spread)
+        return _results(ctx, runner, x, y, mean, spread)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -73,7 +73,7 @@ class RowNorm(torch.autograd.Function):
             gradients = formula_gradients(row_formula, dy, (x, weight, bias), needed, ctx.options)
         else:
             normalized_dims, options, _dtype = ctx.options
-            dx, dweight, dbias = ctx.runner.row_backward(
+            dx, dweight, dbias = _runner(ctx, dy).row_backward(
                 dy.resolve_neg(),
                 x,
                 weight,
@@ -116,7 +116,7 @@ class RowNormFromOutput(torch.autograd.Function):
                 'use save="input" with create_graph=True'
             )
         needed = ctx.needs_input_grad[:3]
-        if not _is_plain(dy):
+        if not _is_plain(dy) or is_watched(dy):
             # Of the deviation from the mean, which has the same gradient.
             x = row_deviation(y, weight, bias, spread, normalized_dims, options)
             x.requires_grad_(needed[0])
@@ -141,12 +141,17 @@ class RowNormFromOutput(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-def _results(ctx, runner, y, *statistics):
+def _runner(ctx, dy):
+    """What runs a backward pass: who watches may have come since the forward pass."""
+    return library.operators if is_watched(dy) else ctx.runner
+
+
+def _results(ctx, runner, x, y, *statistics):
     """What a forward pass returns: y, of the registered operators the statistics too."""
     ctx.runner = runner
     if runner is launch:
         return y
-    statistics = [y.new_empty(0) if t is None else t for t in statistics]
+    statistics = library.with_statistics(x, statistics)
     ctx.mark_non_differentiable(*statistics)
     return y, *statistics
 
@@ -177,14 +182,15 @@ def normalize_rows(x, weight, bias, normalized_dims, options, dtype, memory_form
         preserve_format = memory_format is torch.preserve_format
         arguments = (normalized_dims, *options, dtype, preserve_format, False)
         return torch.ops.tritonnorm.row_norm(x, weight, bias, *arguments)[0]
-    weight, bias = _contiguous(weight, bias)
     if _needs_graph(x, weight, bias):
+        n = prod(x.shape[x.dim() - normalized_dims :]) if save_output else None
+        save_output = save_output and output_suffices(x, weight, bias, options, dtype, n)
+        weight, bias = _contiguous(weight, bias)
         arguments = (normalized_dims, options, dtype, memory_format)
         if save_output:
-            n = prod(x.shape[x.dim() - normalized_dims :])
-            if output_suffices(x, weight, bias, options.weight_offset, dtype, n):
-                return RowNormFromOutput.apply(x, weight, bias, *arguments)
+            return RowNormFromOutput.apply(x, weight, bias, *arguments)
         return RowNorm.apply(launch, x, weight, bias, *arguments)
+    weight, bias = _contiguous(weight, bias)
     y, _, _ = launch.row_forward(
         x,
         weight,
@@ -213,7 +219,7 @@ class ChannelNorm(torch.autograd.Function):
             )
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.options = groups, over, eps, dtype
-        return _results(ctx, runner, y, *(() if over == "given" else statistics))
+        return _results(ctx, runner, x, y, *(() if over == "given" else statistics))
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -230,9 +236,10 @@ class ChannelNorm(torch.autograd.Function):
                 dbias_dtype=bias.dtype if needed[2] else None,
             )
             dy = dy.resolve_neg()
-            backward, arguments = ctx.runner.channel_backward, (*statistics, groups, over)
+            runner = _runner(ctx, dy)
+            backward, arguments = runner.channel_backward, (*statistics, groups, over)
             if over == "given":
-                backward, arguments = ctx.runner.channel_apply_backward, (*statistics, eps)
+                backward, arguments = runner.channel_apply_backward, (*statistics, eps)
             gradients = backward(dy, x, weight, *arguments, **outputs)
         return (None, *gradients, None, None, None, None, None, None)
 
@@ -323,7 +330,7 @@ class WeightNorm(torch.autograd.Function):
                 [t[i] for i in with_kernel] for t in (vs, gs, norms, ctx.dims, needs_dv, needs_dg)
             )
             dense = [dws[i].resolve_neg() for i in with_kernel]
-            found = ctx.runner.weights_backward(dense, *of_kernel)
+            found = _runner(ctx, dense[0]).weights_backward(dense, *of_kernel)
             for i, dv, dg in zip(with_kernel, *found, strict=True):
                 dvs[i], dgs[i] = dv, dg
         for i in set(used).difference(with_kernel):

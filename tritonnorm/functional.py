@@ -98,9 +98,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, sav
             comes back from it with the precision of its dtype: that is input's, |bias| <= |weight|,
             and weights are neither subnormal in it nor so large that it could overflow
             (`tritonnorm/saving.py`). This reads the parameters, on a GPU with a wait, once they have
-            changed. Gradients are then those of the rounded output; there is no second derivative, and
-            the output must not be changed in place. It has no effect where operators are watched, as by
-            torch.compile, nor on PyTorch's own.
+            changed (as PyTorch counts changes: not those that are written through `.data`, after which
+            a weight that became zero makes gradients NaN). Gradients are then those of the rounded
+            output; there is no second derivative, and the output must not be changed in place. It has
+            no effect where operators are watched, as by torch.compile, while a CUDA graph is captured,
+            on parameters that are computed, nor on PyTorch's own operator.
 
     Returns:
         A contiguous tensor of the input's shape and dtype (under CUDA autocast float32).
@@ -196,6 +198,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, save="input"):
     Raises:
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, or eps not a number.
+        ValueError: save is neither "input" nor "output".
     """
     save_output = _check_save("rms_norm", save)
     if not is_plain(input, weight):
@@ -227,7 +230,15 @@ def _check_dtypes(name, **dtypes):
 
 
 def rms_norm_variant(
-    input, normalized_shape, weight=None, eps=1e-6, *, weight_offset=0.0, round_to=None, dtype=None
+    input,
+    normalized_shape,
+    weight=None,
+    eps=1e-6,
+    *,
+    weight_offset=0.0,
+    round_to=None,
+    dtype=None,
+    save="input",
 ):
     """RMS normalization that rounds, and offsets its weight, where a given model does.
 
@@ -260,13 +271,15 @@ def rms_norm_variant(
         round_to: None, "input" or "weight": x_hat is rounded to its dtype, if that has 16 bits, before
             it is multiplied.
         dtype: the result's; None for the input's, under autocast too.
+        save: "input" or "output", as for `layer_norm`.
 
     Returns:
         A tensor of the input's shape; contiguous where a kernel computes it. Where none does, and for
         float64 input that is to be rounded, it is a formula in plain PyTorch.
 
     Raises:
-        ValueError: round_to is none of these, or it or weight_offset needs a weight that is None.
+        ValueError: round_to or save is none of these, or round_to or weight_offset needs a weight that
+            is None.
         RuntimeError: a shape or device does not fit; the message names the argument.
         TypeError: normalized_shape is not a sequence, eps or weight_offset not a number, or a dtype is
             not float16, bfloat16, float32 or float64.
@@ -282,8 +295,10 @@ def rms_norm_variant(
             weight_offset=weight_offset,
             round_to=round_to,
             dtype=dtype,
+            save=save,
         )
     name = "rms_norm_variant"
+    save_output = _check_save(name, save)
     _check_rows(name, input, normalized_shape, weight=weight)
     eps = check_number(name, "eps", eps)
     weight_offset = check_number(name, "weight_offset", weight_offset)
@@ -308,7 +323,8 @@ def rms_norm_variant(
     ):
         # A kernel of float32 takes no gradient in float64, and one of float64 none in less.
         stored = wide if torch.float64 in (wide, dtype) else dtype
-        y = normalize_rows(input, weight, None, dims, options, stored, torch.contiguous_format)
+        memory_format = torch.contiguous_format
+        y = normalize_rows(input, weight, None, dims, options, stored, memory_format, save_output)
         return y.to(dtype)
     return row_formula(input, weight, None, dims, options, dtype)
 

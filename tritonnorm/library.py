@@ -71,7 +71,8 @@ def _filled(x, results):
 def _check_size(size):
     if size >= LARGEST_SET:
         raise RuntimeError(
-            f"{size} elements share statistics: so many, without torch.compile, take PyTorch's operator"
+            f"{size} elements share statistics, more than a kernel takes (without torch.compile, "
+            "PyTorch's operator takes them)"
         )
 
 
@@ -84,15 +85,22 @@ def _contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
+def with_statistics(x, statistics):
+    """Statistics with empty ones for None."""
+    return tuple(_statistics(x, 0)[0] if t is None else t for t in statistics)
+
+
 def _statistics(x, *sizes):
     """Fake statistics of these sizes."""
     return tuple(x.new_empty(size, dtype=compute_dtype(x)) for size in sizes)
 
 
-def _gradients(x, size, needs_dx, *dtypes):
+def _gradients(x, size, needs_dx, dweight_dtype, dbias_dtype, memory_format=torch.preserve_format):
     """Fake dx, dweight and dbias."""
+    dtypes = (dweight_dtype, dbias_dtype)
     parameters = (d if d is None else x.new_empty(size, dtype=d) for d in dtypes)
-    return _filled(x, (torch.empty_like(x) if needs_dx else None, *parameters))
+    dx = torch.empty_like(x, memory_format=memory_format) if needs_dx else None
+    return _filled(x, (dx, *parameters))
 
 
 FORMATS = {True: torch.preserve_format, False: torch.contiguous_format}
@@ -102,8 +110,9 @@ def _row_norm(x, weight, bias, dims, *others):
     *options, dtype, preserve_format, save_statistics = others
     _check_size(prod(x.shape[x.dim() - dims :]))
     outputs = dict(dtype=dtype, memory_format=FORMATS[preserve_format], save_statistics=save_statistics)
-    found = launch.row_forward(x, *_contiguous(weight, bias), dims, RowOptions(*options), **outputs)
-    return _filled(x, found)
+    parameters = _contiguous(weight, bias)
+    y, *statistics = launch.row_forward(x, *parameters, dims, RowOptions(*options), **outputs)
+    return y, *with_statistics(x, statistics)
 
 
 def _row_norm_fake(x, weight, bias, dims, norm, *others):
@@ -127,9 +136,8 @@ def _row_norm_backward(dy, x, weight, mean, spread, dims, *others):
 
 def _row_norm_backward_fake(dy, x, weight, mean, spread, dims, *others):
     *_, preserve_format, needs_dx, dweight_dtype, dbias_dtype = others
-    dx = torch.empty_like(x, memory_format=FORMATS[preserve_format]) if needs_dx else None
-    _, *parameters = _gradients(x, prod(x.shape[x.dim() - dims :]), False, dweight_dtype, dbias_dtype)
-    return _filled(x, (dx, *parameters))
+    size, memory_format = prod(x.shape[x.dim() - dims :]), FORMATS[preserve_format]
+    return _gradients(x, size, needs_dx, dweight_dtype, dbias_dtype, memory_format)
 
 
 _NEEDS = "bool needs_dx, ScalarType? dweight_dtype, ScalarType? dbias_dtype"
@@ -168,8 +176,9 @@ def _row_backward(
 def _channel_norm(x, weight, bias, groups, over, eps, dtype, save_statistics, running=None):
     _check_size(x.numel() // max(x.shape[0] * groups if over == "group" else x.shape[1], 1))
     options = dict(dtype=dtype, running=running, save_statistics=save_statistics)
-    found = launch.channel_forward(x, *_contiguous(weight, bias), groups, over, eps, **options)
-    return _filled(x, found) if save_statistics else _filled(x, (found[0], None, None))
+    parameters = _contiguous(weight, bias)
+    y, *statistics = launch.channel_forward(x, *parameters, groups, over, eps, **options)
+    return y, *with_statistics(x, statistics if save_statistics else (None, None))
 
 
 def _channel_norm_fake(x, weight, bias, groups, over, eps, dtype, save_statistics):
