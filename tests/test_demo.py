@@ -26,10 +26,10 @@ def calls():
     def recording(name):
         function = getattr(tn.functional, name)
 
-        def record(x, *arguments):
+        def record(x, *arguments, **options):
             channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
             recorded.append((name, channels_last))
-            return function(x, *arguments)
+            return function(x, *arguments, **options)
 
         return record
 
