@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensor
 
 from .dtypes import HALF, SUPPORTED, compute_dtype
 from .views import LARGEST_SET
-from .watch import is_transformed
+from .watch import is_functional, is_transformed
 
 try:
     from .autograd import normalize_channels, normalize_rows, normalize_weights
@@ -78,8 +78,25 @@ def _are_mixed(x, dtypes) -> bool:
     return {x.dtype, *dtypes} <= set(SUPPORTED) and not dtypes <= {x.dtype}
 
 
-def with_torch(operator, x, *parameters):
-    """PyTorch's operator, with our promise for mixed dtypes: compute wide, round once."""
+def _with_weight(weight, *bias):
+    """The parameters, with ones for a weight that is missing beside a bias: PyTorch's second derivatives
+    fail in that case, or are wrong without an error."""
+    is_missing = weight is None and any(b is not None for b in bias)
+    return torch.ones_like(*bias) if is_missing else weight, *bias
+
+
+def _takes_formula(*tensors) -> bool:
+    """Whether a transform must not see PyTorch's operators: where one differentiates what another did
+    (hessian), those take saved statistics for constants, without an error."""
+    return is_functional() and all(t is None or t.dtype in SUPPORTED for t in tensors)
+
+
+def with_torch(operator, formula, x, *parameters):
+    """PyTorch's operator, with our promise for mixed dtypes: compute wide, round once. Under torch.func
+    and in forward mode the formula, which takes (x, *parameters, dtype)."""
+    if _takes_formula(x, *parameters):
+        return formula(x, *parameters, result_dtype(x))
+    parameters = _with_weight(*parameters)
     if not _are_mixed(x, {p.dtype for p in parameters if p is not None}):
         return operator(x, *parameters)
     wide = compute_dtype(x)
@@ -87,11 +104,16 @@ def with_torch(operator, x, *parameters):
     return y.to(result_dtype(x))
 
 
-def with_torch_running(operator, x, running, *parameters, updates):
+def with_torch_running(operator, formula, x, running, *parameters, updates):
     """`with_torch` for operator(x, *running, *parameters), which updates `running` in place or not.
 
     PyTorch takes one mix itself: 16-bit x, and everything else in float32.
     """
+    if formula is not None and _takes_formula(x, *running, *parameters):
+        if updates and running[0] is not None:
+            with_torch_running(operator, None, x, running, *parameters, updates=True)
+        return formula(x, *parameters, x.dtype)
+    parameters = _with_weight(*parameters)
     dtypes = {t.dtype for t in (*running, *parameters) if t is not None}
     if not _are_mixed(x, dtypes) or (x.dtype in HALF and dtypes == {torch.float32}):
         return operator(x, *running, *parameters)

@@ -38,7 +38,7 @@ from .dispatch import (
     with_torch_running,
 )
 from .dtypes import HALF, SUPPORTED, compute_dtype
-from .formulas import RowOptions, row_formula, weight_formula
+from .formulas import RowOptions, channel_formula, row_formula, weight_formula
 
 __all__ = [
     "batch_norm",
@@ -128,7 +128,14 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, sav
             torch.contiguous_format,
             save_output,
         )
-    return with_torch(lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps), input, weight, bias)
+
+    def formula(x, w, b, dtype):
+        return row_formula(x, w, b, len(normalized_shape), RowOptions("layer", eps), dtype)
+
+    def with_layer_norm(x, w, b):
+        return F.layer_norm(x, normalized_shape, w, b, eps)
+
+    return with_torch(with_layer_norm, formula, input, weight, bias)
 
 
 def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
@@ -171,7 +178,12 @@ def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
             torch.preserve_format,
         )
         return y.movedim(-1, 1)
-    return with_torch(with_layer_norm, input, weight, bias)
+
+    def formula(x, w, b, dtype):
+        y = row_formula(x.movedim(1, -1), w, b, 1, RowOptions("layer", eps), dtype)
+        return y.movedim(-1, 1)
+
+    return with_torch(with_layer_norm, formula, input, weight, bias)
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, save="input"):
@@ -218,7 +230,12 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, save="input"):
             torch.contiguous_format,
             save_output,
         )
-    return with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), input, weight)
+
+    def formula(x, w, dtype):
+        wide_eps = torch.finfo(compute_dtype(x)).eps if eps is None else eps
+        return row_formula(x, w, None, len(normalized_shape), RowOptions("rms", wide_eps), dtype)
+
+    return with_torch(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), formula, input, weight)
 
 
 def _check_dtypes(name, **dtypes):
@@ -425,7 +442,11 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
         raise ValueError(f"group_norm: input of shape {list(input.shape)} has one value per group")
     if takes_kernel(input, weight, bias) and fits(size):
         return normalize_channels(input, weight, bias, groups, "group", eps, result_dtype(input))
-    return with_torch(lambda x, w, b: F.group_norm(x, groups, w, b, eps), input, weight, bias)
+
+    def formula(x, w, b, dtype):
+        return channel_formula(x, w, b, groups, "group", eps, dtype)
+
+    return with_torch(lambda x, w, b: F.group_norm(x, groups, w, b, eps), formula, input, weight, bias)
 
 
 def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, momentum, eps):
@@ -456,7 +477,10 @@ def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, mome
     def with_options(*tensors):
         return torch_norm(*tensors, uses_input, float(momentum), eps)
 
-    return with_torch_running(with_options, input, running, weight, bias, updates=uses_input)
+    def formula(x, w, b, dtype):
+        return channel_formula(x, w, b, x.shape[1], over, eps, dtype, None if uses_input else running)
+
+    return with_torch_running(with_options, formula, input, running, weight, bias, updates=uses_input)
 
 
 def batch_norm(
@@ -695,8 +719,8 @@ def _check_weight(function, v, g, dim, v_name, g_name):
 
 
 def _torch_weight_norm(v, g, dim):
-    """By PyTorch: its operator, where the formula in wide arithmetic is not its better."""
-    is_ours = {v.dtype, g.dtype} <= set(SUPPORTED)
-    if is_ours and (v.dtype != g.dtype or v.dtype in HALF or not v.numel()):
+    """The formula. PyTorch's operator has no forward-mode AD, is a loop under vmap, and its second
+    derivative takes the norms for constants; it serves dtypes that are not ours."""
+    if {v.dtype, g.dtype} <= set(SUPPORTED):
         return weight_formula(v, g, dim)
     return torch._weight_norm(v, g, -1 if dim is None else dim)

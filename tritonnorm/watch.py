@@ -8,11 +8,13 @@ from torch._subclasses import FakeTensor
 def is_transformed() -> bool:
     """Whether a transform is at work, now or in what is being compiled: vmap, torch.func, forward-mode
     AD, or torch.jit.trace."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+    return is_functional() or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def is_functional() -> bool:
+    """Whether vmap, torch.func or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_watched(*tensors) -> bool:
