@@ -41,6 +41,15 @@ def _poisoned_empty():
 
 
 @pytest.fixture(autouse=True)
+def _no_plans_kept():
+    """Launches are planned anew in every test; one that changes heuristics between two calls forgets
+    plans itself (`forget_plans`)."""
+    from tritonnorm.launch.common import forget_plans
+
+    forget_plans()
+
+
+@pytest.fixture(autouse=True)
 def _guarded():
     """Accesses outside a launch's tensors and races between its programs fail the test."""
     if not INTERPRETED:

@@ -23,6 +23,7 @@ from tolerances import assert_close, assert_no_worse_than, wide
 import tritonnorm.functional as tF
 from tritonnorm import heuristics
 from tritonnorm.autograd import normalize_channels
+from tritonnorm.launch.common import forget_plans
 
 NAMES = ("dx", "dweight", "dbias")
 GROUPS = {"batch_norm": None, "group_norm": 2, "instance_norm": None}
@@ -399,6 +400,7 @@ def test_more_images_than_programs(memory_format, device, monkeypatch):
     weight, bias = torch.randn(2, 6, device=device)
     _, alone = run(GROUP_NORM, x, weight, bias, dy, 3)
     monkeypatch.setattr(heuristics, "MAX_PARTIALS", 3)
+    forget_plans()
     compare(GROUP_NORM, x, weight, bias, dy, 3)
     _, few = run(GROUP_NORM, x, weight, bias, dy, 3)
     assert torch.equal(alone[0], few[0])
@@ -413,6 +415,7 @@ def test_resident_and_in_pieces_agree(over, memory_format, device, monkeypatch):
     groups = 8 if over == "batch" else 4
     resident = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
     monkeypatch.setattr(heuristics, "group_forward", lambda *_: None)
+    forget_plans()
     in_pieces = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
     torch.testing.assert_close(resident, in_pieces, rtol=0, atol=1e-6)
 

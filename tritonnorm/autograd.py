@@ -88,8 +88,8 @@ class RowNorm(torch.autograd.Function):
             )
             gradients = [
                 dx,
-                dweight.view(weight.shape) if needs_dweight else None,
-                dbias.view(bias.shape) if needs_dbias else None,
+                _in_shape_of(weight, dweight) if needs_dweight else None,
+                _in_shape_of(bias, dbias) if needs_dbias else None,
             ]
         return (None, *gradients, None, None, None, None)
 
@@ -136,9 +136,13 @@ class RowNormFromOutput(torch.autograd.Function):
             dbias_dtype=bias.dtype if needed[2] else None,
             recover=(bias,),
         )
-        dweight = dweight.view(weight.shape) if needed[1] else None
-        dbias = dbias.view(bias.shape) if needed[2] else None
+        dweight = _in_shape_of(weight, dweight) if needed[1] else None
+        dbias = _in_shape_of(bias, dbias) if needed[2] else None
         return dx, dweight, dbias, None, None, None, None
+
+
+def _in_shape_of(parameter, gradient):
+    return gradient if parameter.dim() == 1 else gradient.view(parameter.shape)
 
 
 def _runner(ctx, dy):
@@ -157,11 +161,15 @@ def _results(ctx, runner, x, y, *statistics):
 
 
 def _needs_graph(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _contiguous(*tensors):
-    return (t if t is None else t.contiguous() for t in tensors)
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _row_norm(x, weight, bias, dims, *others):

@@ -44,25 +44,33 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 def is_plain(*tensors) -> bool:
     """Whether these are tensors, fake ones too, or None, and not other subclasses or what stands for
     tensors in a symbolic trace: those dispatch themselves in PyTorch's operator."""
-    return all(t is None or type(t) in PLAIN for t in tensors)
+    # Here and below a loop: a generator costs as much as what it asks.
+    for t in tensors:  # noqa: SIM110
+        if t is not None and type(t) not in PLAIN:
+            return False
+    return True
 
 
 def takes_kernel(*tensors) -> bool:
     """Whether these plain tensors, the input first, can go to a kernel."""
     x = tensors[0]
-    return (
-        (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
-        and normalize_rows is not None
-        and all(t is None or (t.dtype in SUPPORTED and t.layout is torch.strided) for t in tensors)
-        and not is_transformed()
-        and (torch.compiler.is_compiling() or not any(t is not None and t.is_neg() for t in tensors))
-    )
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")) or normalize_rows is None:
+        return False
+    if is_transformed():
+        return False
+    compiling = torch.compiler.is_compiling()
+    for t in tensors:
+        if t is not None and not (
+            t.dtype in SUPPORTED and t.layout is torch.strided and (compiling or not t.is_neg())
+        ):
+            return False
+    return True
 
 
 def fits(*sizes) -> bool:
     """Whether sets are of sizes that the kernels take. Of what is compiled the operator asks again, when
     sizes are known: a guard would cut the range of dynamic ones."""
-    return torch.compiler.is_compiling() or all(size < LARGEST_SET for size in sizes)
+    return torch.compiler.is_compiling() or max(sizes) < LARGEST_SET
 
 
 def result_dtype(x):
@@ -130,6 +138,8 @@ def with_torch_running(operator, formula, x, running, *parameters, updates):
 
 def check_number(name, argument, value) -> float:
     """Its float; of a string there is none."""
+    if type(value) is float:
+        return value
     try:
         return float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
@@ -152,6 +162,7 @@ def check_bool(name, argument, value):
 
 def check_parameters(name, input, shape, **parameters):
     """That each is None, or has this shape and lies where the input does."""
+    device = input.device
     for argument, tensor in parameters.items():
         if tensor is None:
             continue
@@ -159,10 +170,8 @@ def check_parameters(name, input, shape, **parameters):
             raise RuntimeError(
                 f"{name}: {argument} must have shape {list(shape)}, but has {list(tensor.shape)}"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{name}: {argument} is on {tensor.device}, but input is on {input.device}"
-            )
+        if tensor.device != device:
+            raise RuntimeError(f"{name}: {argument} is on {tensor.device}, but input is on {device}")
 
 
 def check_channels(name, input, **parameters):

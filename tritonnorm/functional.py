@@ -64,7 +64,7 @@ def _check_rows(name, input, normalized_shape, **parameters):
     shape = tuple(normalized_shape)
     if not shape:
         raise RuntimeError(f"{name}: normalized_shape must have at least one dimension")
-    if tuple(input.shape[-len(shape) :]) != shape:
+    if input.shape[-len(shape) :] != shape:
         raise RuntimeError(
             f"{name}: normalized_shape={list(shape)} needs an input of shape "
             f"[*, {', '.join(map(str, shape))}], but input has shape {list(input.shape)}"

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensor
 def is_transformed() -> bool:
     """Whether a transform is at work, now or in what is being compiled: vmap, torch.func, forward-mode
     AD, or torch.jit.trace."""
-    return is_functional() or torch.jit.is_tracing()
+    return is_functional() or torch._C._is_tracing()
 
 
 @torch.compiler.assume_constant_result
@@ -19,8 +19,9 @@ def is_functional() -> bool:
 
 def is_watched(*tensors) -> bool:
     """Whether somebody has to see the operator: a compiler, a dispatch mode, a fake tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(t) is FakeTensor for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for t in tensors:  # noqa: SIM110
+        if type(t) is FakeTensor:
+            return True
+    return False

@@ -17,7 +17,7 @@ from ..kernels.channel import channel_gradient_sums
 from ..kernels.group import group_backward, group_forward
 from ..views import channel_view, common_alignment
 from . import pieces
-from .common import fold_parameters, on_device, parameter_partials
+from .common import fold_parameters, on_device, parameter_partials, planned
 from .pieces import Sets
 
 
@@ -28,33 +28,31 @@ def _dense_format(x):
     return torch.contiguous_format
 
 
-def _view_channels(over, inputs, output):
-    """The channel view that inputs and output (or None) share, and what it is a view of: the tensors
-    themselves or, where they have no view, dense ones in their stead."""
-    shape = inputs[0].shape
+@planned
+def _make_sets(shape, groups, over_batch, strides, align) -> Sets:
+    return Sets(channel_view(shape, over_batch, strides), align, shape[1] // groups, over_batch)
 
-    def view():
-        tensors = [*inputs, output] if output is not None else inputs
-        strides = tuple(t.stride() for t in tensors)
-        return channel_view(shape, over != "group", strides), tensors
 
-    shared, tensors = view()
-    if shared is None:
+def _sets(over, groups, inputs, output):
+    """The sets of the channel view that inputs and output (or None) share, and what it is a view of: the
+    tensors themselves or, where they have no view, dense ones in their stead."""
+    shape, over_batch = inputs[0].shape, over != "group"
+    tensors = inputs if output is None else (*inputs, output)
+    strides = tuple([t.stride() for t in tensors])
+    view = channel_view(shape, over_batch, strides)
+    if view is None:
         memory_format = _dense_format(inputs[0])
         inputs = [t.contiguous(memory_format=memory_format) for t in inputs]
         if output is not None:
             output = torch.empty_like(inputs[0], dtype=output.dtype)
-        shared, tensors = view()
-    return shared, common_alignment(shared, tensors), inputs, output
+        tensors = inputs if output is None else (*inputs, output)
+        strides = tuple([t.stride() for t in tensors])
+        view = channel_view(shape, over_batch, strides)
+    align = common_alignment(view, tensors)
+    return _make_sets(shape, groups, over_batch, strides, align), inputs, output
 
 
-def _sets(over, groups, inputs, output):
-    """The sets of the view that inputs and output share, and the tensors that it is a view of."""
-    view, align, inputs, output = _view_channels(over, inputs, output)
-    cg = inputs[0].shape[1] // groups
-    return Sets(view, align, cg, over_batch=over != "group"), inputs, output
-
-
+@planned
 def _resident(sets: Sets, heuristic, itemsize) -> heuristics.GroupTile | None:
     """The tile of sets that one program holds; None if it cannot."""
     if sets.over_batch and sets.view.n > 1:
@@ -62,6 +60,7 @@ def _resident(sets: Sets, heuristic, itemsize) -> heuristics.GroupTile | None:
     return heuristic(sets.cg, sets.view.c // sets.cg, sets.view.s, itemsize, sets.view.adjacent)
 
 
+@planned
 def _in_tile(sets: Sets, tile: heuristics.GroupTile):
     """The arguments of a kernel that holds groups in a tile."""
     return dict(
@@ -84,13 +83,19 @@ class Running(NamedTuple):
     momentum: float | torch.Tensor
 
 
+NOTHING_MOVES = dict(
+    running_mean_ptr=None, running_var_ptr=None, momentum_ptr=None, momentum=0.0, unbiased=1.0
+)
+"""The arguments of a kernel that moves no running statistics."""
+
+
 class _Running:
     """Running statistics for the time of a launch: contiguous, and marked as changed at its end."""
 
     def __init__(self, running, count):
-        self.given = (running.mean, running.var) if running else (None, None)
+        self.given = running.mean, running.var
         self.mean, self.var = (t if t is None else t.contiguous() for t in self.given)
-        self.momentum = running.momentum if running else 0.0
+        self.momentum = running.momentum
         self.unbiased = count / max(count - 1, 1)
 
     @property
@@ -131,7 +136,8 @@ def _wanted(partials, dtypes):
 
 
 def _new_statistics(x, count, names):
-    return {name: torch.empty(count, dtype=compute_dtype(x), device=x.device) for name in names}
+    wide, device = compute_dtype(x), x.device
+    return {name: torch.empty(count, dtype=wide, device=device) for name in names}
 
 
 def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_statistics):
@@ -144,30 +150,34 @@ def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_
     if x.numel() == 0:
         return y, *_new_statistics(x, count, ("mean", "rstd")).values()
 
-    sets, (x,), target = _sets(over, groups, [x], y)
+    sets, (x,), target = _sets(over, groups, (x,), y)
     tile = _resident(sets, heuristics.group_forward, x.element_size())
     of_images = running is not None and over == "group"
     names = ["mean", "rstd"] if save_statistics or of_images or tile is None else []
     statistics = _new_statistics(x, count, names + ["variance"] * of_images)
-    move = _Running(None if of_images else running, sets.elements)
+    move = None if running is None or of_images else _Running(running, sets.elements)
+    moving = NOTHING_MOVES if move is None else move.arguments
 
     with on_device(x):
         if tile is None:
-            pieces.forward(sets, x, target, weight, bias, eps, statistics, move.arguments)
+            pieces.forward(sets, x, target, weight, bias, eps, statistics, moving)
         else:
             group_forward[(sets.view.n * ceil(groups / tile.groups),)](
                 x_ptr=x,
                 y_ptr=target,
                 weight_ptr=weight,
                 bias_ptr=bias,
-                **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rstd", "variance")},
+                mean_ptr=statistics.get("mean"),
+                rstd_ptr=statistics.get("rstd"),
+                variance_ptr=statistics.get("variance"),
                 x_strides=sets.view.strides[0],
                 y_strides=sets.view.strides[1],
                 eps=eps,
-                **move.arguments,
+                **moving,
                 **_in_tile(sets, tile),
             )
-    move.moved()
+    if move is not None:
+        move.moved()
     if of_images:
         _Running(running, sets.elements).move(statistics["mean"], statistics["variance"], n)
     if target is not y:
@@ -179,7 +189,7 @@ def channel_apply(x, weight, bias, mean, variance, eps, *, dtype):
     """y of x `[N, C, *spatial]` with a mean and variance `[C]` that are given."""
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        sets, (x,), target = _sets("given", x.shape[1], [x], y)
+        sets, (x,), target = _sets("given", x.shape[1], (x,), y)
         cut = sets.choose(heuristics.channel_forward, x.element_size())
         with on_device(x):
             pieces.normalize(sets, cut, x, target, weight, bias, eps, mean=mean, variance=variance)
@@ -226,6 +236,12 @@ def channel_backward(dy, x, weight, mean, rstd, groups, over, *, needs_dx, dweig
     return dx, *gradients
 
 
+@planned
+def _without_first(sets: Sets) -> Sets:
+    """The same sets of all tensors but the first."""
+    return replace(sets, view=replace(sets.view, strides=sets.view.strides[1:]))
+
+
 def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dweight_dtype, dbias_dtype):
     """The gradients of `channel_apply`: its statistics are constants."""
     dtypes = (dweight_dtype, dbias_dtype)
@@ -239,12 +255,12 @@ def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dwei
     with on_device(x):
         if dtypes == (None, None):
             # dx = weight * dy / sqrt(variance + eps): a normalization of dy without a mean, x unread.
-            of_dy = replace(sets, view=replace(sets.view, strides=sets.view.strides[1:]))
-            pieces.normalize(of_dy, cut, dy, target, weight, None, eps, variance=variance)
+            pieces.normalize(_without_first(sets), cut, dy, target, weight, None, eps, variance=variance)
         else:
             wide = compute_dtype(x)
-            partials = parameter_partials(x, sets.count(cut), x.shape[1], (wide, wide))
-            channel_gradient_sums[sets.programs(cut)](
+            grid, arguments, count = pieces.in_sets(sets, cut)
+            partials = parameter_partials(x, count, x.shape[1], (wide, wide))
+            channel_gradient_sums[grid](
                 dy_ptr=dy,
                 x_ptr=x,
                 dx_ptr=target,
@@ -260,8 +276,7 @@ def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dwei
                 eps=eps,
                 CG=1,
                 SETS=0,
-                **sets.arguments,
-                **pieces.in_pieces(cut),
+                **arguments,
             )
             gradients = fold_parameters(_wanted(partials, dtypes), dtypes)
     if target is not dx:

@@ -14,9 +14,31 @@ FP_FUSION = {"enable_fp_fusion": True}
 """Multiply and add contract to FMA: stated, since the default differs between Triton releases."""
 
 
+_plans = []
+
+
+def planned(function):
+    """Keeps the answers of a function of sizes, strides and dtypes: they come again at every step of a
+    training, and cost more than the launch that they are for."""
+    kept = lru_cache(maxsize=4096)(function)
+    _plans.append(kept)
+    return kept
+
+
+def forget_plans():
+    """For who changes heuristics, as tests do."""
+    for plan in _plans:
+        plan.cache_clear()
+
+
+_HERE = nullcontext()
+
+
 def on_device(x: torch.Tensor):
     """The context in which Triton launches on the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 @lru_cache
@@ -34,32 +56,38 @@ def device_facts(device: torch.device) -> heuristics.DeviceFacts | None:
 
 def parameter_partials(x, programs: int, n: int, dtypes):
     """Partial gradients `[programs, n]` for each parameter whose gradient's dtype is not None."""
-    return [d and torch.empty(programs, n, dtype=compute_dtype(x), device=x.device) for d in dtypes]
+    wide, device = compute_dtype(x), x.device
+    return [d and torch.empty(programs, n, dtype=wide, device=device) for d in dtypes]
+
+
+@planned
+def _fold(programs: int, n: int):
+    """The grid of a fold of partial gradients, and the arguments that are sizes."""
+    tile = heuristics.fold(programs)
+    sizes = dict(P=programs, N=n, BLOCK_P=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
+    return (ceil(n / tile.block_n),), sizes | FP_FUSION
 
 
 def fold_parameters(partials, dtypes):
     """dweight and dbias `[n]` in their dtypes, from `parameter_partials`; None for those that are."""
-    present = [p for p in partials if p is not None]
-    if not present:
+    first = partials[0] if partials[0] is not None else partials[1]
+    if first is None:
         return None, None
-    programs, n = present[0].shape
+    programs, n = first.shape
     # Of float64 input the fold leaves float64: Triton's interpreter casts it wrongly to 16 bits.
-    wide = present[0].dtype == torch.float64
-    dweight, dbias = (
-        d and torch.empty(n, dtype=torch.float64 if wide else d, device=present[0].device)
-        for d in dtypes
-    )
-    fold = heuristics.fold(programs)
-    fold_parameter_gradients[(ceil(n / fold.block_n),)](
+    wide = first.dtype == torch.float64
+    device = first.device
+    dweight, dbias = [
+        d and torch.empty(n, dtype=torch.float64 if wide else d, device=device) for d in dtypes
+    ]
+    grid, sizes = _fold(programs, n)
+    fold_parameter_gradients[grid](
         dweight_partial_ptr=partials[0],
         dbias_partial_ptr=partials[1],
         dweight_ptr=dweight,
         dbias_ptr=dbias,
-        P=programs,
-        N=n,
-        BLOCK_P=fold.rows,
-        BLOCK_N=fold.block_n,
-        num_warps=fold.num_warps,
-        **FP_FUSION,
+        **sizes,
     )
-    return [t if t is None else t.to(d) for t, d in zip((dweight, dbias), dtypes, strict=True)]
+    if wide:
+        dweight, dbias = (d and t.to(d) for t, d in zip((dweight, dbias), dtypes, strict=True))
+    return dweight, dbias

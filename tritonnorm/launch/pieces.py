@@ -2,6 +2,7 @@
 launches, or by the teams of one cooperative launch. Both compute the same bits."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -17,12 +18,13 @@ from ..kernels.channel import (
 from ..kernels.fold import fold_gradient_means, fold_moments
 from ..kernels.team import team_backward, team_forward
 from ..views import ChannelView
-from .common import FP_FUSION, device_facts, parameter_partials
+from .common import FP_FUSION, device_facts, parameter_partials, planned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sets:
-    """What shares statistics in a view: cg channels, of an image or (`over_batch`) of all of them."""
+    """What shares statistics in a view: cg channels, of an image or (`over_batch`) of all of them. They
+    are made once for each view, and compared by identity, which is quick."""
 
     view: ChannelView
     align: int | None
@@ -39,7 +41,7 @@ class Sets:
         """Elements of a set."""
         return self.cg * self.view.s * (self.view.n if self.over_batch else 1)
 
-    @property
+    @cached_property
     def arguments(self):
         """The arguments of every kernel on the view."""
         view = self.view
@@ -47,8 +49,7 @@ class Sets:
 
     def choose(self, heuristic, itemsize: int) -> heuristics.Pieces:
         """The pieces that a heuristic cuts the view into."""
-        view = self.view
-        return heuristic(view.n, view.c, view.s, itemsize, view.adjacent, self.over_batch)
+        return _choose(self, heuristic, itemsize)
 
     def programs(self, pieces: heuristics.Pieces) -> tuple[int]:
         """The grid of a kernel that takes a piece a program."""
@@ -57,6 +58,12 @@ class Sets:
     def count(self, pieces: heuristics.Pieces) -> int:
         """Pieces of a channel, over all images."""
         return pieces.count(self.view.n, self.view.s)
+
+
+@planned
+def _choose(sets: Sets, heuristic, itemsize) -> heuristics.Pieces:
+    view = sets.view
+    return heuristic(view.n, view.c, view.s, itemsize, view.adjacent, sets.over_batch)
 
 
 def in_pieces(pieces: heuristics.Pieces):
@@ -71,24 +78,37 @@ def in_pieces(pieces: heuristics.Pieces):
     )
 
 
-def normalize(sets: Sets, pieces, x, y, weight, bias, eps, **statistics):
-    """Launches channel_normalize with the statistics that are there: mean, rest, rstd, variance."""
-    channel_normalize[sets.programs(pieces)](
+@planned
+def in_sets(sets: Sets, pieces: heuristics.Pieces):
+    """Grid and arguments of a kernel that takes a piece of the view a program, and how many pieces of a
+    channel there are."""
+    return sets.programs(pieces), sets.arguments | in_pieces(pieces), sets.count(pieces)
+
+
+def normalize(
+    sets: Sets, pieces, x, y, weight, bias, eps, mean=None, rest=None, rstd=None, variance=None
+):
+    """Launches channel_normalize with the statistics that are there."""
+    grid, arguments, _ = in_sets(sets, pieces)
+    channel_normalize[grid](
         x_ptr=x,
         y_ptr=y,
         weight_ptr=weight,
         bias_ptr=bias,
-        **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rest", "rstd", "variance")},
+        mean_ptr=mean,
+        rest_ptr=rest,
+        rstd_ptr=rstd,
+        variance_ptr=variance,
         x_strides=sets.view.strides[0],
         y_strides=sets.view.strides[1],
         eps=eps,
         CG=sets.cg,
         SETS=sets.an_image,
-        **sets.arguments,
-        **in_pieces(pieces),
+        **arguments,
     )
 
 
+@planned
 def _fold(sets: Sets, pieces: heuristics.Pieces):
     """Grid and arguments of a fold of pieces, but for the size of its tile's second dimension."""
     images = 1 if sets.over_batch else sets.view.n
@@ -150,7 +170,8 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
     """Computes y and fills `statistics`, mean and rstd among them; `moving` are the arguments that
     running statistics add to a kernel."""
     pieces = sets.choose(heuristics.channel_forward, x.element_size())
-    partial = sets.count(pieces), sets.view.c
+    pieces_grid, arguments, count = in_sets(sets, pieces)
+    partial = count, sets.view.c
     partials = dict(
         mean_partial_ptr=torch.empty(partial, dtype=torch.float64, device=x.device),
         squares_partial_ptr=torch.empty(partial, dtype=compute_dtype(x), device=x.device),
@@ -159,7 +180,9 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
     grid, fold, fold_tile = _fold(sets, pieces)
     folded = dict(
         **partials,
-        **{f"{name}_ptr": statistics.get(name) for name in ("mean", "rstd", "variance")},
+        mean_ptr=statistics["mean"],
+        rstd_ptr=statistics["rstd"],
+        variance_ptr=statistics.get("variance"),
         rest_ptr=rest,
         inverse_count=1 / sets.elements,
         eps=eps,
@@ -177,13 +200,10 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
             y_strides=sets.view.strides[1],
             FOLD_C=fold_tile["BLOCK_C"],
             **folded,
-            **sets.arguments,
-            **(in_pieces(pieces) | team_arguments),
+            **(arguments | team_arguments),
         )
         return
-    channel_moments[sets.programs(pieces)](
-        x_ptr=x, x_strides=sets.view.strides[0], **partials, **sets.arguments, **in_pieces(pieces)
-    )
+    channel_moments[pieces_grid](x_ptr=x, x_strides=sets.view.strides[0], **partials, **arguments)
     fold_moments[grid](
         N=sets.view.n,
         C=sets.view.c,
@@ -201,7 +221,8 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
     """Computes dx, unless it is None; returns partial dweight and dbias `[pieces, C]`."""
     pieces = sets.choose(heuristics.channel_backward, x.element_size())
     view = sets.view
-    partials = parameter_partials(x, sets.count(pieces), view.c, (mean.dtype, mean.dtype))
+    pieces_grid, arguments, count = in_sets(sets, pieces)
+    partials = parameter_partials(x, count, view.c, (mean.dtype, mean.dtype))
     sums = dict(dweight_partial_ptr=partials[0], dbias_partial_ptr=partials[1])
     inputs = dict(
         dy_ptr=dy,
@@ -211,8 +232,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
         rstd_ptr=rstd,
         dy_strides=view.strides[1],
         x_strides=view.strides[0],
-        **sets.arguments,
-        **in_pieces(pieces),
+        **arguments,
     )
     located = dict(CG=sets.cg, SETS=sets.an_image)
     output = dict(dx_ptr=dx, dx_strides=view.strides[2]) if dx is not None else None
@@ -231,7 +251,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
             **fold,
         )
         return partials
-    channel_gradient_sums[sets.programs(pieces)](
+    channel_gradient_sums[pieces_grid](
         variance_ptr=None, eps=0.0, dx_ptr=None, dx_strides=None, **sums, **inputs, **located
     )
     if output:
@@ -244,5 +264,5 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
             **fold,
             **fold_tile,
         )
-        channel_input_gradient[sets.programs(pieces)](**means, **inputs, **output, **located)
+        channel_input_gradient[pieces_grid](**means, **inputs, **output, **located)
     return partials

@@ -4,6 +4,7 @@ Outputs are contiguous, or with `torch.preserve_format` laid out as the input.
 """
 
 from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,29 +13,77 @@ from .. import heuristics
 from ..dtypes import compute_dtype
 from ..kernels.row import row_backward as row_backward_kernel
 from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
-from ..views import common_alignment, row_view
-from .common import FP_FUSION, fold_parameters, on_device, parameter_partials
+from ..views import RowView, common_alignment, row_view
+from .common import FP_FUSION, fold_parameters, on_device, parameter_partials, planned
 
 ROUND = {None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Of each dtype that x_hat can be rounded to, the kernels' name."""
 
 
-def _view_rows(normalized_dims, inputs, output):
-    """The row view that inputs and output (or None) share, and what it is a view of: the tensors
+class _Plan(NamedTuple):
+    """What shapes and strides decide of a pass: made once for each."""
+
+    view: RowView
+    tile: heuristics.RowTile
+    programs: int  # that walk through the rows
+    arguments: dict  # of every kernel
+
+
+def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) -> _Plan | None:
+    view = row_view(shape, normalized_dims, strides)
+    if view is None:
+        return None
+    tile = heuristic(view.n, itemsize, view.strided)
+    arguments = dict(
+        x_strides=view.strides[0],
+        M=view.m,
+        R1=view.r1,
+        R2=view.r2,
+        eps=options.eps,
+        N=view.n,
+        NORM=options.norm,
+        OFFSET=options.weight_offset,
+        ROWS=tile.rows,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        **FP_FUSION,
+    )
+    return _Plan(view, tile, ceil(view.m / tile.rows), arguments)
+
+
+@planned
+def _plan_forward(shape, normalized_dims, strides, options, itemsize):
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.row_forward, itemsize)
+    if plan is not None:
+        plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
+    return plan
+
+
+@planned
+def _plan_backward(shape, normalized_dims, strides, options, itemsize, parameters):
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.row_backward, itemsize)
+    if plan is None:
+        return None
+    plan.arguments.update(dy_strides=plan.view.strides[1])
+    view = plan.view
+    programs = heuristics.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
+    return plan._replace(programs=programs)
+
+
+def _plan_rows(make, inputs, output, normalized_dims, options, *others):
+    """The plan that `make` has for inputs and output (or None), and what it is for: the tensors
     themselves or, where they have no view in common, contiguous ones in their stead."""
-    shape = inputs[0].shape
-
-    def view():
-        tensors = [*inputs, output] if output is not None else inputs
-        return row_view(shape, normalized_dims, tuple(t.stride() for t in tensors)), tensors
-
-    shared, tensors = view()
-    if shared is None:
+    first = inputs[0]
+    shape, others = first.shape, (options, first.element_size(), *others)
+    tensors = inputs if output is None else (*inputs, output)
+    plan = make(shape, normalized_dims, tuple([t.stride() for t in tensors]), *others)
+    if plan is None:
         inputs = [t.contiguous() for t in inputs]
         if output is not None and not output.is_contiguous():
             output = torch.empty(shape, dtype=output.dtype, device=output.device)
-        shared, tensors = view()
-    return shared, common_alignment(shared, tensors), inputs, output
+        tensors = inputs if output is None else (*inputs, output)
+        plan = make(shape, normalized_dims, tuple([t.stride() for t in tensors]), *others)
+    return plan, common_alignment(plan.view, tensors), inputs, output
 
 
 def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_format, save_statistics):
@@ -52,32 +101,18 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
     if x.numel() == 0:
         return y, mean, spread
 
-    view, align, (x,), target = _view_rows(normalized_dims, [x], y)
-    tile = heuristics.row_forward(view.n, x.element_size(), view.strided)
-    kernel = row_forward_resident if tile.block_n >= view.n else row_forward_looped
+    plan, align, (x,), target = _plan_rows(_plan_forward, (x,), y, normalized_dims, options)
+    kernel = row_forward_resident if plan.tile.block_n >= plan.view.n else row_forward_looped
     with on_device(x):
-        kernel[(ceil(view.m / tile.rows),)](
+        kernel[(plan.programs,)](
             x_ptr=x,
             y_ptr=target,
             weight_ptr=weight,
             bias_ptr=bias,
             mean_ptr=mean,
             spread_ptr=spread,
-            x_strides=view.strides[0],
-            y_strides=view.strides[1],
-            M=view.m,
-            R1=view.r1,
-            R2=view.r2,
-            eps=options.eps,
-            N=view.n,
-            NORM=options.norm,
-            OFFSET=options.weight_offset,
-            ROUND=ROUND[options.round_to],
-            ROWS=tile.rows,
-            BLOCK_N=tile.block_n,
             ALIGN=align,
-            num_warps=tile.num_warps,
-            **FP_FUSION,
+            **plan.arguments,
         )
     if target is not y:
         y.copy_(target)
@@ -103,18 +138,19 @@ def row_backward(
 
     With `recover`, a tuple of the bias or None, x is the y of the forward pass, and mean is None.
     """
-    n = prod(x.shape[x.dim() - normalized_dims :])
     dtypes = (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x, memory_format=memory_format) if needs_dx else None
     if x.numel() == 0:
+        n = prod(x.shape[x.dim() - normalized_dims :])
         zeros = (d and torch.zeros(n, dtype=d, device=x.device) for d in dtypes)
         return dx, *zeros
 
-    view, align, (x, dy), target = _view_rows(normalized_dims, [x, dy], dx)
-    tile = heuristics.row_backward(view.n, x.element_size(), view.strided)
     parameters = 2 - dtypes.count(None)
-    programs = heuristics.row_partials(view.m, view.n, x.element_size(), parameters, tile.rows)
-    partials = parameter_partials(x, programs, n, dtypes)
+    plan, align, (x, dy), target = _plan_rows(
+        _plan_backward, (x, dy), dx, normalized_dims, options, parameters
+    )
+    view, tile, programs, arguments = plan
+    partials = parameter_partials(x, programs, view.n, dtypes)
     shared = dict(
         dy_ptr=dy,
         x_ptr=x,
@@ -122,21 +158,9 @@ def row_backward(
         bias_ptr=recover[0] if recover else None,
         mean_ptr=mean,
         spread_ptr=spread,
-        dy_strides=view.strides[1],
-        x_strides=view.strides[0],
-        M=view.m,
-        R1=view.r1,
-        R2=view.r2,
-        eps=options.eps,
-        N=view.n,
-        NORM=options.norm,
-        OFFSET=options.weight_offset,
         SAVED="y" if recover else "x",
-        ROWS=tile.rows,
-        BLOCK_N=tile.block_n,
         ALIGN=align,
-        num_warps=tile.num_warps,
-        **FP_FUSION,
+        **arguments,
     )
     with on_device(x):
         c1 = c2 = None

@@ -5,6 +5,7 @@ has the strides of what is read; tensors with gaps, or that overlap themselves, 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import ceil
 
@@ -21,7 +22,7 @@ from ..kernels.weight import (
     weight_squares,
 )
 from ..views import WeightView, memory_order, weight_view
-from .common import FP_FUSION, on_device
+from .common import FP_FUSION, on_device, planned
 from .pieces import in_pieces
 
 SIZES = ("N", "C", "S", "IMAGES", "STEPS")
@@ -42,7 +43,7 @@ class _Plan:
     pieces: heuristics.Pieces | None  # None for channels that are resident
     kind: tuple
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The sizes that the kernels take."""
         view, pieces = self.view, self.pieces
@@ -51,15 +52,26 @@ class _Plan:
         return dict(N=view.n, C=view.c, S=view.s, IMAGES=pieces.images, STEPS=pieces.steps)
 
 
-def _plan(x, dim, activations, resident, choose, kind) -> _Plan:
+def _plan(x, dim, activations, choose, kind) -> _Plan:
     """The plan of x, with accesses as wide as the addresses of all `activations` allow; `kind` is what
     else its launches depend on."""
-    view, itemsize = weight_view(x.shape, x.stride(), dim), x.element_size()
-    word = heuristics.WORD_BYTES
-    wide = view.line * itemsize % word == 0 and all(t.data_ptr() % word == 0 for t in activations)
+    bits = 0
+    for t in activations:
+        bits |= t.data_ptr()
+    aligned = bits % heuristics.WORD_BYTES == 0
+    kind = x.device, x.dtype, *kind
+    return _make_plan(x.shape, x.stride(), dim, x.element_size(), aligned, choose, kind)
+
+
+@planned
+def _make_plan(shape, strides, dim, itemsize, aligned, choose, kind) -> _Plan:
+    view, word = weight_view(shape, strides, dim), heuristics.WORD_BYTES
+    wide = aligned and view.line * itemsize % word == 0
     alignment = word // itemsize if wide else 1
-    kind = (x.device, x.dtype, alignment, *kind)
+    kind = (*kind, alignment)
     if view.n == 1 and view.adjacent == "s":
+        forward = choose is heuristics.channel_forward
+        resident = heuristics.WEIGHT_FORWARD_RESIDENT if forward else heuristics.WEIGHT_BACKWARD_RESIDENT
         tile = heuristics.weight_tile(view.s, itemsize, resident, wide)
         if tile is not None:
             return _Plan(view, alignment, ceil(view.c / tile[0]), tile, None, kind)
@@ -70,6 +82,8 @@ def _plan(x, dim, activations, resident, choose, kind) -> _Plan:
 
 def _of_one_kind(plans):
     """The numbers of the tensors whose plans are of the same kind, a list a kind."""
+    if len(plans) == 1:
+        return ([0],)
     kinds = {}
     for number, plan in enumerate(plans):
         kinds.setdefault(plan.kind, []).append(number)
@@ -160,9 +174,7 @@ def weights_forward(xs, gains, dims, *, save_statistics):
     xs = [_dense(x) for x in xs]
     ys = [torch.empty_like(x) for x in xs]
     plans = [
-        _plan(
-            x, dim, (x, y), heuristics.WEIGHT_FORWARD_RESIDENT, heuristics.channel_forward, (gain.dtype,)
-        )
+        _plan(x, dim, (x, y), heuristics.channel_forward, (gain.dtype,))
         for x, y, gain, dim in zip(xs, ys, gains, dims, strict=True)
     ]
     spreads = [
@@ -202,7 +214,6 @@ def weights_backward(dys, xs, gains, spreads, dims, needs_dx, needs_dgain):
             x,
             dim,
             (x, dy) if dx is None else (x, dy, dx),
-            heuristics.WEIGHT_BACKWARD_RESIDENT,
             heuristics.channel_backward,
             (gain.dtype, dx is None, dgain is None),
         )
