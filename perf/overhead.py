@@ -2,11 +2,12 @@
 
 On a GPU calls are issued and not waited for. Without one, CPU tensors take the kernels' path to a
 launcher that does nothing: what is timed is all that tritonnorm itself does before a launch. PyTorch's
-operators then compute, on tensors of a few KB, which takes well under a microsecond, and launch nothing.
-What Triton's launcher adds is timed by itself, on the same launches: binding the arguments and looking up
-the compiled kernel, but not the call into CUDA behind it, nor setting the device.
+operators then compute, on tensors of a few KB, which takes about a microsecond, and launch nothing. What
+Triton's launcher adds is timed by itself, on the same launches: binding the arguments and looking up the
+compiled kernel, but not the call into CUDA behind it.
 """
 
+import gc
 import json
 import statistics
 import time
@@ -39,9 +40,9 @@ PASSES = ("forward", "forward + backward")
 LIMIT = 1.5
 """Host time, at most, in multiples of PyTorch's. The aim is 1."""
 
-BATCH, ROUNDS = 20, 100
-"""Calls timed together, few enough for a GPU's queue, which holds about a thousand launches; and how
-often, each time of one after the other: what disturbs one then disturbs both."""
+BATCH, ROUNDS = 5, 300
+"""Calls timed together: a GPU's queue, which holds about a thousand launches, does not fill, and few
+batches are interrupted where others share the machine. And how often, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,14 @@ def alternating(calls, rounds: int) -> list[list[float]]:
     """The times of each call, a batch of each after the other."""
     for call in calls:
         _batch_us(call)  # compiles, and fills caches
-    return [list(times) for times in zip(*([_batch_us(c) for c in calls] for _ in range(rounds)))]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        found = [[_batch_us(call) for call in calls] for _ in range(rounds)]
+    finally:
+        if collecting:
+            gc.enable()
+    return [list(times) for times in zip(*found, strict=True)]
 
 
 @contextmanager
@@ -207,7 +215,7 @@ def _triton_us(launches, rounds: int) -> float | None:
             kernel[grid](**arguments)
 
     for kernel, _, _ in launches:
-        kernel.cache_key  # noqa: B018: from then on Triton compares the globals that a kernel uses
+        hash(kernel)  # from then on Triton compares the globals that a kernel uses
     with _nothing_compiled():
         (times,) = alternating([launch_all], rounds)
     for kernel, _, _ in launches:
