@@ -37,11 +37,17 @@ def _takes_kernel(dy) -> bool:
 
 def _is_plain(dy) -> bool:
     """Whether a gradient has memory of its own: not one of a batch (vmap), nor all zeros."""
-    return (
+    return torch.compiler.is_dynamo_compiling() or (
         not torch._C._functorch.is_legacy_batchedtensor(dy)
         and not torch._C._functorch.is_functorch_wrapped_tensor(dy)
         and not dy._is_zerotensor()
     )
+
+
+def _runner(ctx, dy):
+    """What runs a backward pass. Who watches it (compiled autograd, say) sees the operators, though the
+    forward pass was launched."""
+    return library.operators if is_watched(dy) else ctx.runner
 
 
 class RowNorm(torch.autograd.Function):
