@@ -151,11 +151,6 @@ def _in_shape_of(parameter, gradient):
     return gradient if parameter.dim() == 1 else gradient.view(parameter.shape)
 
 
-def _runner(ctx, dy):
-    """What runs a backward pass: who watches may have come since the forward pass."""
-    return library.operators if is_watched(dy) else ctx.runner
-
-
 def _results(ctx, runner, x, y, *statistics):
     """What a forward pass returns: y, of the registered operators the statistics too."""
     ctx.runner = runner

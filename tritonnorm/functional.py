@@ -2,8 +2,10 @@
 
 The kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Other
 tensors take PyTorch's own operator: other devices, other dtypes than float16, bfloat16, float32 and
-float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.jit.trace,
-torch.fx, torch.func or forward-mode AD. torch.compile and torch.export see registered operators.
+float64, tensor subclasses, tensors with a pending negation, and whatever runs under torch.jit.trace or
+torch.fx. torch.func and forward-mode AD take a formula in plain PyTorch, which has derivatives of every
+kind; so does weight normalization without a kernel. torch.compile and torch.export see registered
+operators.
 
 All of them compute in float32 (float64 for float64 input) and round once. The input, the parameters
 and the running statistics may have dtypes of their own; the result has the input's. Under CUDA autocast
