@@ -12,6 +12,7 @@ from test_perf_tools import main
 
 import tritonnorm.functional as tF
 from perf import overhead
+from perf.machine import ROOT
 from tritonnorm import dispatch
 from tritonnorm.launch.common import forget_plans
 
@@ -114,7 +115,9 @@ def test_tritons_part_is_timed_where_it_compiles():
     """In a process without the interpreter; kernels are not compiled for it either."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "perf", *BRIEF, "--operators", "layer_norm", "--json"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     for record in json.loads(found.stdout):
         assert record["launches"] == (1 if record["direction"] == "forward" else 3)
         assert record["triton_us"] > 0
