@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
@@ -168,6 +169,88 @@ def test_one_probe_for_modules_alike(monkeypatch):
     assert probed == [model[0], model[5], model[6], model[7]]
 
 
+class Parts(Scale):
+    """What it computes depends on an attribute that is no number, and on a submodule."""
+
+    def __init__(
+        self, function=F.silu, dtype=torch.float32, slope=0.01, table=(1.0,), mask=(True,) * 16
+    ):
+        super().__init__()
+        self.function, self.dtype, self.table = function, dtype, table
+        self.inner = nn.LeakyReLU(slope)
+        self.register_buffer("mask", torch.tensor(mask))
+
+    def forward(self, x):
+        y = super().forward(x).to(self.dtype).to(x.dtype)
+        return torch.where(self.mask, self.inner(self.function(y)) * self.table[0], 0)
+
+
+def parts_of_a_kind(module, x):
+    return F.leaky_relu(F.silu(scaled_rms_norm(module, x)), 0.01)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"function": F.gelu},
+        {"dtype": torch.float16},
+        {"slope": 0.5},
+        {"table": [2.0]},
+        {"table": {0: 2.0}},
+        {"table": torch.tensor([2.0])},
+        {"mask": (True, False) * 8},
+    ],
+    ids=str,
+)
+def test_modules_that_differ_are_not_taken_for_alike(other):
+    tn.register(Parts)(parts_of_a_kind)
+    model = nn.Sequential(Parts(), Parts(**other), Parts())
+    assert [e.name for e in tn.convert(model).replaced] == ["0", "2"]
+
+
+def test_a_pattern_for_everything():
+    """It means neither what is tritonnorm's already nor torch.nn's classes."""
+    model = nn.Sequential(LlamaRMSNorm(16), nn.RMSNorm(16), Scale())
+    assert len(tn.convert(model).replaced) == 2
+    tn.register("*")(lambda module, x: x)
+    classes = [type(m) for m in model]
+    reasons = [e.reason for e in tn.convert(model).left]
+    assert reasons[:2] == ["already of tritonnorm"] * 2
+    assert [type(m) for m in model] == classes
+    assert type(model[1]) is tn.RMSNorm
+    model = nn.RMSNorm(16)
+    assert tn.convert(model).replaced
+    assert type(model) is tn.RMSNorm
+
+
+def test_torch_classes_can_be_registered():
+    """Where the function differs there is still the usual replacement."""
+
+    @tn.register(nn.LayerNorm)
+    def layer_norm(module, x):
+        return tn.functional.layer_norm(x, (16,), module.weight, module.bias, 1e-5)
+
+    model = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16, eps=1e-3))
+    assert len(tn.convert(model).replaced) == 2
+    assert isinstance(model[0], nn.LayerNorm)
+    assert type(model[0]).forward is layer_norm
+    assert type(model[1]) is tn.LayerNorm
+
+
+def test_what_is_excluded_does_not_run():
+    calls = []
+
+    @tn.register(Scale, Noisy)
+    def logged(module, x):
+        calls.append(module)
+        return scaled_rms_norm(module, x)
+
+    for patterns, reason in (({"exclude": "*"}, "excluded"), ({"include": ()}, "not included")):
+        report = tn.convert(nn.Sequential(Scale(), Noisy()), **patterns)
+        assert [e.reason for e in report.left] == [reason] * 2
+    assert not calls
+
+
 def test_families_differ_in_their_roundings(device):
     """All alike in float32, and with weights as they are initialized."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -226,6 +309,13 @@ def test_meta():
     assert len(tn.convert(model).replaced) == 3
     assert type(model[1]).forward is tn.families.offset_rms_norm
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_masks_have_to_be_there():
+    """What is masked out is seen on the probe; a mask on the meta device has no values."""
+    tn.register(Parts)(parts_of_a_kind)
+    assert "differs" in tn.convert(Parts(mask=(False,) * 16)).left[0].reason
+    assert "no values" in tn.convert(Parts().to("meta")).left[0].reason
 
 
 class Shared(nn.Module):

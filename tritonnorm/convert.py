@@ -43,7 +43,7 @@ class Report:
 def _reason(module) -> str | None:
     """Why a module that looks like a normalization has no replacement; None for every other module."""
     cls = type(module)
-    if cls in ORIGINALS or cls.__module__ in OURS:
+    if _is_ours(cls):
         return "already of tritonnorm"
     for base in TORCH:
         if isinstance(module, base):
@@ -57,26 +57,48 @@ def _reason(module) -> str | None:
     return None
 
 
+PRIVATE = frozenset(vars(torch.nn.Module()))
+"""The attributes that every module has."""
+
+
+def _key(value):
+    """What tells an attribute from another: its value or, where that has no hash, the object."""
+    try:
+        return type(value), hash(value), value
+    except TypeError:
+        return type(value), id(value)
+
+
+def _values(tensor):
+    """Those that the probe keeps: of all dtypes but floats. Nothing is known of meta tensors'."""
+    return None if tensor.is_floating_point() or tensor.is_meta else tuple(tensor.flatten().tolist())
+
+
 def _configuration(module):
-    """What modules have in common of which one probe is enough: the class, its tensors but for their
-    values, and its plain attributes."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    plain = {
-        k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, type(None)))
-    }
-    children = tuple(type(child) for child in module.modules())
-    return children, str([(k, t.shape, t.dtype, t.device) for k, t in tensors]), str(plain)
+    """What modules have in common of which one probe is enough, submodules included: classes, tensors
+    but for the values of floats, and attributes."""
+    tensors = [
+        (name, t.shape, t.dtype, t.device, _values(t))
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+    ]
+    attributes = [
+        (prefix, type(m), *((k, _key(v)) for k, v in vars(m).items() if k not in PRIVATE))
+        for prefix, m in module.named_modules()
+    ]
+    return tuple(tensors), tuple(attributes)
 
 
-def _replacement(module, known) -> tuple[type | None, str | None]:
-    """The class that replaces the module's, or why there is none (None: it is no normalization).
+def _is_ours(cls) -> bool:
+    return cls in ORIGINALS or cls.__module__ in OURS
+
+
+def _replacement(module, candidates, known) -> tuple[type | None, str | None]:
+    """The class that replaces the module's, or why there is none.
 
     Args:
+        candidates: what is registered for the class, or nothing for those of torch.
         known: results of probes, by configuration; this call's is added.
     """
-    candidates = registry.candidates(module)
-    if not candidates and type(module) not in TORCH:
-        return None, _reason(module)
     if "forward" in vars(module):
         return None, "its forward was replaced on the instance, which a new class would not change"
     if not candidates:
@@ -92,6 +114,8 @@ def _probed(module, candidates):
         difference = probe.difference(module, candidate)
         if not difference:
             return registry.replacement(type(module), candidate.forward), None
+    if type(module) in TORCH:
+        return TORCH[type(module)], None
     names = ", ".join(candidate.forward.__name__ for candidate in candidates)
     why = f" ({difference})" if len(candidates) == 1 else ""
     return None, f"on a probe its forward differs from {names}{why}"
@@ -155,6 +179,8 @@ def convert(model, include=None, exclude=None) -> Report:
         include: replace only modules of these names: a pattern or several, with fnmatch's wildcards
             (`"decoder.*"`), of which `*` matches dots as well. None for all.
         exclude: replace no modules of these names.
+            What is excluded or not included is not probed either: the report names the modules for which
+            there is a replacement to try.
 
     Returns:
         A `Report` of what was replaced and of the normalizations that were left, with the reason.
@@ -169,30 +195,36 @@ def convert(model, include=None, exclude=None) -> Report:
     exclude = () if exclude is None else _patterns("exclude", exclude)
     report, known = Report(), {}
 
-    def replace(owner, names, new, before):
-        def match(patterns):
-            return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-        if match(exclude):
-            report.left.append(Entry(names[0], before, "excluded"))
-        elif not match(include):
-            report.left.append(Entry(names[0], before, "not included"))
-        else:
-            owner.__class__ = new
-            report.replaced.append(Entry(names[0], before))
+    def outside(names):
+        """Why a module of these names is not looked at."""
+        if any(fnmatchcase(name, pattern) for name in names for pattern in exclude):
+            return "excluded"
+        if not any(fnmatchcase(name, pattern) for name in names for pattern in include):
+            return "not included"
+        return None
 
     for module, names in _named(model).items():
-        new, reason = _replacement(module, known)
+        cls = type(module)
+        candidates = [] if _is_ours(cls) else registry.candidates(module)
+        if candidates or cls in TORCH:
+            new, reason = None, outside(names)
+            if not reason:
+                new, reason = _replacement(module, candidates, known)
+        else:
+            new, reason = None, _reason(module)
         if new is not None:
-            replace(module, names, new, described(type(module)))
+            module.__class__ = new
+            report.replaced.append(Entry(names[0], described(cls)))
         elif reason:
-            report.left.append(Entry(names[0], described(type(module)), reason))
+            report.left.append(Entry(names[0], described(cls), reason))
         for hook, weights in _hooks(module, names):
             cls = type(hook)
-            if cls is parametrizations.TorchWeightNormHook:
-                replace(hook, weights, parametrizations.WeightNormHook, described(cls))
+            is_torch = cls is parametrizations.TorchWeightNormHook
+            if reason := outside(weights) if is_torch else _hook_reason(hook):
+                report.left.append(Entry(weights[0], described(cls), reason))
             else:
-                report.left.append(Entry(weights[0], described(cls), _hook_reason(hook)))
+                hook.__class__ = parametrizations.WeightNormHook
+                report.replaced.append(Entry(weights[0], described(cls)))
     return report
 
 

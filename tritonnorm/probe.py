@@ -32,13 +32,14 @@ def _representable(dtype):
 
 def _twin(module, device, generator):
     """A copy with random parameters and buffers and no hooks: running it does nothing to the module.
+    What is no float, such as a mask, keeps its values, which may select what is computed.
 
     They are in [0.5, 1.5): no variance is zero, no weight one or zero, which would hide what it does.
     """
 
     def changed(t):
         if t is None or not t.is_floating_point():
-            return t if t is None else torch.zeros_like(t, device=device)
+            return t if t is None else t.clone()
         return (torch.rand(t.shape, generator=generator) + 0.5).to(device, _representable(t.dtype))
 
     twin = object.__new__(type(module))
@@ -97,6 +98,8 @@ def difference(module, candidate) -> str:
     tensors = _floats(module)
     if not all(t.numel() for t in tensors):
         return "its parameters are empty here"  # as those that DeepSpeed keeps elsewhere
+    if any(b.is_meta and not b.is_floating_point() for b in module.buffers()):
+        return "a buffer on the meta device, no float, has no values yet, which may decide what it does"
     device = next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
     dtype = _representable(tensors[0].dtype if tensors else torch.float32)
     other = torch.float32 if dtype in HALF else NARROW

@@ -57,7 +57,8 @@ def register(*names, shapes=None):
     Args:
         names: classes, or their dotted names, which need not be imported. A module's class must be
             exactly this one. A name may be a pattern, with fnmatch's `*`; it then means modules without
-            submodules, and counts only for classes that are not registered by themselves.
+            submodules, and counts only for classes that are neither torch.nn's nor registered by
+            themselves.
         shapes: a function of the module that gives the shape of each input of the probe. Without it the
             probe is one input `[2, n, *module.weight.shape]`.
 
@@ -86,12 +87,13 @@ def register(*names, shapes=None):
 
 def candidates(module) -> list[Candidate]:
     """What is registered for the module's class, the last first. Patterns stop at modules that hold
-    others: a class whose name ends in LayerNorm may be a whole encoder."""
+    others: a class whose name ends in LayerNorm may be a whole encoder. And they do not mean torch.nn's
+    classes, which have replacements of their own."""
     cls = type(module)
     name = described(cls)
     newest = CANDIDATES[::-1]
     own = [c for c in newest if c.name is cls or c.name == name]
-    if own or any(module.children()):
+    if own or cls in TORCH or any(module.children()):
         return own
     return [c for c in newest if isinstance(c.name, str) and fnmatchcase(name, c.name)]
 
