@@ -98,7 +98,7 @@ def off_in_bfloat16(module, x):
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda m, x: scaled_rms_norm(m, x) / 2, "1024 of 1024 elements"),
+        (lambda m, x: scaled_rms_norm(m, x) / 2, "769 of 1024 elements"),
         (lambda m, x: tn.functional.rms_norm(x, (16,), m.weight * m.scale), "elements"),  # its eps
         (off_in_bfloat16, "16"),
         (lambda m, x: scaled_rms_norm(m, x).double(), "another dtype"),
@@ -135,27 +135,35 @@ class Noisy(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(16))
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.inner = nn.Dropout()
-        self.modes = []
+        self.calls, self.log, self.by_mode, self.plain = 0, [], {True: [], False: []}, torch.zeros(3)
 
     def forward(self, x):
-        self.count += 1
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        return self.inner(torch.rand_like(x)) * self.weight
+        for counter in (self.count, self.steps, self.plain):
+            counter += 1
+        self.calls += 1
+        self.log.append(1)
+        self.by_mode[self.training].append(1)
+        return self.inner(torch.rand_like(x)) * self.weight * x.sum()
 
 
-def test_the_probe_leaves_no_trace():
-    tn.register(Noisy)(lambda module, x: x)
+@pytest.mark.parametrize("function", [lambda module, x: x, Noisy.forward], ids=["another", "the same"])
+def test_the_probe_leaves_no_trace(function):
+    tn.register(Noisy)(function)
     model = Noisy().eval()
     for module in model.modules():
         module.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+        module.register_full_backward_hook(lambda *_: pytest.fail("a hook was called"))
     state = torch.get_rng_state()
-    assert tn.convert(model).left
+    tn.convert(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.count == 0
-    assert not model.weight.any()
+    assert not any(t.any() for t in (model.count, model.steps, model.plain, model.weight))
+    assert model.weight.grad is None
     assert not model.training
-    assert model.modes == [(False, False)]  # once, not both times: it differs at the first
+    assert model.calls == 0
+    assert model.log == []
+    assert model.by_mode == {True: [], False: []}
 
 
 def test_one_probe_for_modules_alike(monkeypatch):
@@ -309,6 +317,93 @@ def test_meta():
     assert len(tn.convert(model).replaced) == 3
     assert type(model[1]).forward is tn.families.offset_rms_norm
     assert all(p.is_meta for p in model.parameters())
+
+
+def rms(x, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+class Rounding(Scale):
+    """1 + weight is of the weight's dtype: seen only where that has 16 bits."""
+
+    def forward(self, x):
+        return (rms(x.float(), self.eps) * (1 + self.weight).float()).to(x.dtype)
+
+
+class TrainingOnly(Scale):
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class Clamped(Scale):
+    def forward(self, x):
+        return super().forward(x.clamp(-1000, 1000))
+
+
+class ClampedAfter(Scale):
+    def forward(self, x):
+        x = rms(x.float(), self.eps).clamp(-5, 5)
+        return (x * self.weight.float() * self.scale).to(x.dtype)
+
+
+class OtherRank(Scale):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.dim() == 3 else 2)
+
+
+def offset(module, x):
+    return tn.functional.rms_norm_variant(x, (64,), module.weight, module.eps, weight_offset=1.0)
+
+
+def detached(module, x):
+    return scaled_rms_norm(module, x.detach())
+
+
+def detached_weight(module, x):
+    weight = module.weight.detach().float() * module.scale
+    return tn.functional.rms_norm(x, weight.shape, weight, module.eps)
+
+
+def writes(module, x):
+    y = scaled_rms_norm(module, x)
+    x.detach().mul_(2)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("cls", "forward", "reason"),
+    [
+        (Rounding, offset, "parameters of torch."),
+        (TrainingOnly, scaled_rms_norm, "in training"),
+        (Clamped, scaled_rms_norm, "elements"),
+        (ClampedAfter, scaled_rms_norm, "elements"),
+        (OtherRank, scaled_rms_norm, "elements"),
+        (Scale, detached, "gradients"),
+        (Scale, detached_weight, "gradients"),
+        (Scale, writes, "what it writes"),
+    ],
+)
+def test_what_a_tame_probe_does_not_show(cls, forward, reason):
+    tn.register(cls)(forward)
+    assert reason in tn.convert(cls(64).eval()).left[0].reason
+
+
+@pytest.mark.parametrize("ambient", ["meta", "cpu", torch.bfloat16, "inference"])
+def test_ambient_settings_do_not_matter(ambient):
+    tn.register(Scale)(scaled_rms_norm)
+    model = nn.Sequential(LlamaRMSNorm(16), Scale())
+    dtype = torch.get_default_dtype()
+    try:
+        if isinstance(ambient, torch.dtype):
+            torch.set_default_dtype(ambient)
+        elif ambient != "inference":
+            torch.set_default_device(ambient)
+        with torch.inference_mode(ambient == "inference"):
+            report = tn.convert(model)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert len(report.replaced) == 2
 
 
 def test_masks_have_to_be_there():

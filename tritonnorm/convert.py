@@ -170,9 +170,9 @@ def convert(model, include=None, exclude=None) -> Report:
     every reference to it (an optimizer's, a tied module's) stays valid, and the model itself may be one.
 
     torch.nn's classes must be exactly these. Of all others it is checked that they compute the same as
-    what replaces them, roundings included: once for each class, configuration and dtype, both run on a
-    probe, a copy of the module with random parameters. The model itself is not run. For modules on the
-    meta device the probe is on the CPU.
+    what replaces them, roundings included: once for each class and configuration, both run on probes,
+    copies of the module with random parameters, in float32 and 16 bits, training and evaluation. The
+    model itself is not run. For modules on the meta device the probes are on the CPU.
 
     Args:
         model: any module.

@@ -76,7 +76,7 @@ def rounded_rms_norm(module, hidden_states):
 
 
 def _gated_shapes(module):
-    return [(2, 16, *module.weight.shape)] * 2
+    return [(4, 16, *module.weight.shape)] * 2
 
 
 @register(*GATED, shapes=_gated_shapes)
@@ -132,7 +132,7 @@ def layer_norm(module, hidden_states):
 
 
 def _image_shapes(module):
-    return [(2, *module.weight.shape, 9, 11)]
+    return [(4, *module.weight.shape, 5, 7)]
 
 
 @register(*IMAGE_NORMS, shapes=_image_shapes)
@@ -143,7 +143,7 @@ def layer_norm2d(module, hidden_states):
 
 def _formatted_shapes(module):
     shape = tuple(module.weight.shape)
-    return [(2, *shape, 9, 11) if module.data_format == "channels_first" else (2, 9, 11, *shape)]
+    return [(4, *shape, 5, 7) if module.data_format == "channels_first" else (4, 5, 7, *shape)]
 
 
 @register(*LAYER_NORMS, shapes=_formatted_shapes)

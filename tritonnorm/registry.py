@@ -50,7 +50,7 @@ def register(*names, shapes=None):
 
     A module gets a subclass of its class with this forward, so that `isinstance` and everything else of
     the class hold as before. That the function computes what the class does is checked before, on a
-    probe: random parameters and inputs, in the module's dtype and another one. A module where they
+    probe: random parameters and inputs, in float32 and 16 bits, and their gradients. A module where they
     disagree is left, and the report says so. Where several functions are registered for a class, the
     last one that agrees is taken. For converted models to be pickled, the function must be importable.
 
@@ -60,7 +60,8 @@ def register(*names, shapes=None):
             submodules, and counts only for classes that are neither torch.nn's nor registered by
             themselves.
         shapes: a function of the module that gives the shape of each input of the probe. Without it the
-            probe is one input `[2, n, *module.weight.shape]`.
+            probe is one input `[4, n, *module.weight.shape]`. Its first dimension is that of
+            samples, which get scales of their own: large, small, zero.
 
     Raises:
         TypeError: a name is neither a subclass of torch.nn.Module nor a str, or shapes or what is
