@@ -87,7 +87,7 @@ def test_what_was_registered_last_comes_first():
     tn.register(f"{__name__}.*")(scaled_rms_norm)  # a pattern: only for classes not registered by name
     model = Scale()
     tn.convert(model)
-    assert type(model).forward is newest
+    assert registry.FUNCTIONS[type(model)] is newest
     assert all(m is not model for m in calls)  # the probe runs on a copy
 
 
@@ -241,7 +241,7 @@ def test_torch_classes_can_be_registered():
     model = nn.Sequential(nn.LayerNorm(16), nn.LayerNorm(16, eps=1e-3))
     assert len(tn.convert(model).replaced) == 2
     assert isinstance(model[0], nn.LayerNorm)
-    assert type(model[0]).forward is layer_norm
+    assert registry.FUNCTIONS[type(model[0])] is layer_norm
     assert type(model[1]) is tn.LayerNorm
 
 
@@ -315,7 +315,7 @@ def test_meta():
     with torch.device("meta"):
         model = nn.ModuleList([LlamaRMSNorm(16), GemmaRMSNorm(16), nn.LayerNorm(16)])
     assert len(tn.convert(model).replaced) == 3
-    assert type(model[1]).forward is tn.families.offset_rms_norm
+    assert registry.FUNCTIONS[type(model[1])] is tn.families.offset_rms_norm
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -508,6 +508,62 @@ def test_copies_of_a_converted_model(device):
         assert type(twin[0]) is LlamaRMSNorm
 
 
+class WithNew(Scale):
+    def __new__(cls, size):
+        assert size == 16
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return (16,)
+
+
+class WithReduce(Scale):
+    def __reduce__(self):
+        return type(self), (16,), vars(self)
+
+
+@pytest.mark.parametrize("cls", [WithNew, WithReduce])
+def test_classes_rebuild_as_they_did(cls):
+    tn.register(cls)(scaled_rms_norm)
+    model = cls(16)
+    assert tn.convert(model).replaced
+    model.eps = 0.5
+    for twin in copies(model):
+        assert type(twin) is type(model)
+        assert twin.eps == 0.5
+
+
+class Several(Scale):
+    def forward(self, hidden, shift=0.0, factor=1.0, *, power=1):
+        return super().forward(hidden) * factor**power + shift
+
+
+def several(module, x, offset=0.0, scale=1.0, power=1):
+    return scaled_rms_norm(module, x) * scale**power + offset
+
+
+def test_calls_by_keyword(device):
+    """By the names of the class, whatever those of the function are."""
+    tn.register(Several)(several)
+    norm, llama = Several().to(device), LlamaRMSNorm(16).to(device)
+    x = torch.randn(3, 16, device=device)
+
+    def results():
+        yield norm(x)
+        yield norm(hidden=x, factor=2.0)
+        yield norm(x, factor=2.0, power=3)
+        yield norm(factor=2.0, shift=1.0, hidden=x)
+        yield llama(hidden_states=x)
+
+    expected = [*results()]
+    assert tn.convert(norm).replaced
+    assert tn.convert(llama).replaced
+    for ours, theirs in zip(results(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(TypeError, match="hidden"):
+        norm(shift=1.0)
+
+
 LOAD = """
 import sys, torch, tritonnorm
 assert "transformers" not in sys.modules, "imported by tritonnorm"
@@ -558,3 +614,5 @@ def test_compile_has_no_graph_break():
     assert len(tn.convert(model).replaced) == 3
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    by_name = torch.compile(lambda x: model[1](x=x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(by_name(x), model[1](x), rtol=1e-5, atol=1e-5)

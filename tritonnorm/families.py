@@ -53,6 +53,13 @@ def t5_norm(module, hidden_states):
 
 
 @register(*RMS_NORMS)
+def rounded_offset_rms_norm(module, hidden_states):
+    """y = x_hat * (1 + weight), with the sum rounded to the weight's dtype: Muse Spark."""
+    shape, weight = _row(module, hidden_states)
+    return functional.rms_norm_variant(hidden_states, shape, weight + 1, _eps(module))
+
+
+@register(*RMS_NORMS)
 def offset_rms_norm(module, hidden_states):
     """y = x_hat * (1 + weight), rounded once: Gemma, Qwen3-Next."""
     shape, weight = _row(module, hidden_states)

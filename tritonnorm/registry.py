@@ -1,7 +1,9 @@
 """Which classes are replaced, by what, and which class a replacement stands for."""
 
+import inspect
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -100,6 +102,8 @@ def candidates(module) -> list[Candidate]:
 
 
 _replacements: dict[tuple[type, Callable], type] = {}
+FUNCTIONS: dict[type, Callable] = {}
+"""What each replacement was registered with."""
 
 
 class Replaced:
@@ -107,22 +111,50 @@ class Replaced:
     so a module is pickled (and copied) by the two things that its class is made of."""
 
     def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
         cls = type(self)
-        return _new, (ORIGINALS[cls], cls.forward), *state
+        rebuild, args, *state = super().__reduce_ex__(protocol)
+        rebuild, *args = (ORIGINALS[cls] if arg is cls else arg for arg in (rebuild, *args))
+        return _rebuilt, (FUNCTIONS[cls], rebuild, *args), *state
+
+
+def _renamed(original, forward):
+    """The function, called by the names of the original's parameters where it has others of its own."""
+    signature = inspect.signature(original.forward)
+    names = [*signature.parameters][1:]
+    if names == [*inspect.signature(forward).parameters][1 : len(names) + 1]:
+        return forward
+
+    @wraps(forward)
+    def call(self, *args, **kwargs):
+        if kwargs:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            _, *args = bound.args
+            kwargs = bound.kwargs
+        return forward(self, *args, **kwargs)
+
+    call.__signature__ = signature
+    return call
 
 
 def replacement(original, forward) -> type:
-    """The subclass of `original` with this forward, one for each pair. It keeps the name, by which model
-    code tells norms from other modules, as transformers' initialization does."""
+    """The subclass of `original` that computes this, one for each pair. It keeps the name, by which
+    model code tells norms from other modules, as transformers' initialization does."""
     key = (original, forward)
     if key not in _replacements:
-        body = {"forward": forward, "__module__": __name__, "__doc__": original.__doc__}
+        body = {
+            "forward": _renamed(original, forward),
+            "__module__": __name__,
+            "__doc__": original.__doc__,
+        }
         _replacements[key] = type(original.__name__, (Replaced, original), body)
         ORIGINALS[_replacements[key]] = original
+        FUNCTIONS[_replacements[key]] = forward
     return _replacements[key]
 
 
-def _new(original, forward):
-    cls = replacement(original, forward)
-    return cls.__new__(cls)
+def _rebuilt(forward, rebuild, *args):
+    """A module as its own class rebuilds it (`__getnewargs__`, `__reduce__`), with the replacement."""
+    module = rebuild(*args)
+    module.__class__ = replacement(type(module), forward)
+    return module
