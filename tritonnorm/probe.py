@@ -27,8 +27,9 @@ OUTLIERS = 0.02
 """The share of elements that may be rounded to the neighbour, with 16-bit tensors: of a value in the
 middle the last bit of a float32 sum decides. A rounding too many or too few moves a fifth of them."""
 
-GRADIENT_ERRORS = 64
-"""Of the narrowest dtype's epsilon, relative to the largest element."""
+GRADIENT_ERRORS = 1e-4, 64
+"""What gradients may differ by, relative to their largest element: for sums in another order, and as
+multiples of the narrowest dtype's epsilon, as models round their own on the way."""
 
 PRIVATE = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
@@ -186,7 +187,8 @@ def _off(ours, theirs, narrowest) -> str:
 def _gradient_off(ours, theirs, narrowest) -> bool:
     """Whether gradients differ by more than the roundings on the way, which are the models' own."""
     ours, theirs = ours.double(), theirs.double()
-    bound = GRADIENT_ERRORS * torch.finfo(narrowest).eps * theirs.nan_to_num(0, 0, 0).abs().max()
+    relative = max(GRADIENT_ERRORS[0], GRADIENT_ERRORS[1] * torch.finfo(narrowest).eps)
+    bound = relative * theirs.nan_to_num(0, 0, 0).abs().max()
     return bool((theirs.isfinite() & ~((ours - theirs).abs() <= bound)).any())
 
 
