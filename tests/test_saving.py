@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 from tolerances import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tritonnorm as tn
 import tritonnorm.functional as tF
@@ -247,6 +248,18 @@ def test_memory(cls, device):
     assert kept(model, parameters, 16) == 2 * x.nbytes
     norm.save = "output"
     assert kept(model, parameters, 16) == x.nbytes
+
+
+def test_converted_norms(device):
+    """Of a model from transformers, which have the attribute as well."""
+    norm = LlamaRMSNorm(64).to(device)
+    with torch.no_grad():
+        norm.weight.mul_(1)
+    assert len(tn.convert(norm).replaced) == 1
+    x = torch.randn(16, 64, device=device, requires_grad=True)
+    assert not keeps_output(norm(x))
+    norm.save = "output"
+    assert keeps_output(norm(x))
 
 
 def test_no_second_derivative(device):

@@ -35,6 +35,11 @@ def _row(module, x):
     return shape, weight
 
 
+def _save(module):
+    """What is kept for the backward pass, as of `tritonnorm.RMSNorm`: its attribute `save`."""
+    return getattr(module, "save", "input")
+
+
 @register(*RMS_NORMS)
 def unweighted_rms_norm(module, hidden_states):
     """y = x_hat, also where there is a weight that is not used: FalconMamba's."""
@@ -48,7 +53,7 @@ def t5_norm(module, hidden_states):
     promoted = torch.promote_types(weight.dtype, hidden_states.dtype)
     dtype = weight.dtype if weight.dtype in HALF else promoted
     return functional.rms_norm_variant(
-        hidden_states, shape, weight, _eps(module), round_to="weight", dtype=dtype
+        hidden_states, shape, weight, _eps(module), round_to="weight", dtype=dtype, save=_save(module)
     )
 
 
@@ -63,13 +68,16 @@ def rounded_offset_rms_norm(module, hidden_states):
 def offset_rms_norm(module, hidden_states):
     """y = x_hat * (1 + weight), rounded once: Gemma, Qwen3-Next."""
     shape, weight = _row(module, hidden_states)
-    return functional.rms_norm_variant(hidden_states, shape, weight, _eps(module), weight_offset=1.0)
+    return functional.rms_norm_variant(
+        hidden_states, shape, weight, _eps(module), weight_offset=1.0, save=_save(module)
+    )
 
 
 @register(*RMS_NORMS)
 def rms_norm(module, hidden_states):
     """y = x_hat * weight, rounded once: OLMo2, GPT-OSS, Gemma 3n and, without weight, Llama 4's L2."""
-    return functional.rms_norm_variant(hidden_states, *_row(module, hidden_states), _eps(module))
+    shape, weight = _row(module, hidden_states)
+    return functional.rms_norm_variant(hidden_states, shape, weight, _eps(module), save=_save(module))
 
 
 @register(*RMS_NORMS, "transformers*.CpmAntLayerNorm")
@@ -78,7 +86,7 @@ def rounded_rms_norm(module, hidden_states):
     shape, weight = _row(module, hidden_states)
     dtype = torch.promote_types(weight.dtype, hidden_states.dtype)
     return functional.rms_norm_variant(
-        hidden_states, shape, weight, _eps(module), round_to="input", dtype=dtype
+        hidden_states, shape, weight, _eps(module), round_to="input", dtype=dtype, save=_save(module)
     )
 
 
