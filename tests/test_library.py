@@ -92,8 +92,7 @@ def results(function, inputs, dy=None):
     return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("dtype", "dynamic"), [(F32, False), (F32, True), (BF16, False)], ids=str)
 @every_call
 def test_compiled(name, dtype, dynamic, device):
     """One node forward and one backward, no graph break, the same bits; sizes may change."""
