@@ -59,3 +59,16 @@ def _guarded():
 
     with guarded_launches():
         yield
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Fails the test if a kernel is launched."""
+    from tritonnorm import launch  # after TRITON_INTERPRET is set
+
+    def refuse(*_, **__):
+        raise AssertionError("a kernel was launched")
+
+    for name in launch.__all__:
+        if name.endswith(("forward", "backward", "apply")):
+            monkeypatch.setattr(launch, name, refuse)

@@ -12,19 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 import tritonnorm as tn
 import tritonnorm.functional as tF
-from tritonnorm import launch
-
-
-@pytest.fixture
-def no_kernel(monkeypatch):
-    """Fails the test if a kernel is launched."""
-
-    def refuse(*_, **__):
-        raise AssertionError("a kernel was launched")
-
-    monkeypatch.setattr(launch, "row_forward", refuse)
-    monkeypatch.setattr(launch, "row_backward", refuse)
-
 
 OWN = {"layer_norm2d", "rms_norm_variant", "weight_norm", "weight_norms"}
 """Functions that torch.nn.functional does not have."""

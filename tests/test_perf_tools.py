@@ -363,7 +363,7 @@ def test_only_stacks_are_normalized_one_after_another():
     assert [c.operator for c in small_cases("bf16") if single.offers(c)] == ["weight_norms"] * 2
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="observes launches on CPU tensors")
+@pytest.mark.skipif(not INTERPRETED, reason="with a CUDA device no CPU tensor takes a kernel")
 @pytest.mark.parametrize("direction", PASSES)
 def test_the_tensors_of_a_table_are_named(direction):
     seen = []
