@@ -152,13 +152,14 @@ def _run_weights(case: Case, shapes) -> None:
 @contextmanager
 def teams():
     """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
-    saved = heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts
-    heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts = {facts.capability}, lambda device: facts
+    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+    teams, pieces = heuristics.teams, launch.pieces
+    saved = teams.TEAM_CAPABILITIES, pieces.device_facts
+    teams.TEAM_CAPABILITIES, pieces.device_facts = {facts.capability}, lambda device: facts
     try:
         yield
     finally:
-        heuristics.TEAM_CAPABILITIES, launch.pieces.device_facts = saved
+        teams.TEAM_CAPABILITIES, pieces.device_facts = saved
 
 
 def run(case: Case, variant: str | None = None) -> None:

@@ -127,7 +127,7 @@ class Lowered:
         """Bytes of each access to the tiles of a tensor."""
         widths = self.widths.get(tensor, [])
         if self.kernel in FIRST_ELEMENTS and tensor == "x":
-            wide = self.tile_bytes // (self.num_warps * heuristics.WARP * WIDE)
+            wide = self.tile_bytes // (self.num_warps * heuristics.common.WARP * WIDE)
             widths = sorted(widths, reverse=True)[: max(wide, 1)]
         return widths
 
@@ -146,7 +146,7 @@ class Lowered:
                 continue
             if min(widths) < WIDE:
                 found.append(f"{tensor}: accesses of {min(widths)} bytes")
-            touched = sum(widths) * self.num_warps * heuristics.WARP
+            touched = sum(widths) * self.num_warps * heuristics.common.WARP
             held = sum(map(prod, self.tiles)) * DTYPES[self.dtype].itemsize
             if touched != held and self.kernel not in SWEEPS:
                 found.append(f"{tensor}: touches {touched} bytes of a tile of {held}")
@@ -283,8 +283,8 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
     widths = _access_widths(compiled.asm["ptx"], pointers)
 
     warps = arguments["num_warps"]
-    block_registers = -(-registers // 8) * 8 * heuristics.WARP * warps
-    blocks = min(heuristics.SM_REGISTERS // block_registers, 64 // warps, 32)
+    block_registers = -(-registers // 8) * 8 * heuristics.common.WARP * warps
+    blocks = min(heuristics.common.SM_REGISTERS // block_registers, 64 // warps, 32)
     tiles = _tiles(arguments)
     tile_bytes = prod(tiles[-1]) * case.itemsize
     loads = sum(name in widths for name in ("x", "dy"))
@@ -375,7 +375,7 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             for dtype in dtypes if operator == "layer_norm" else ("bf16",):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]
                 if operator == "layer_norm" and not brief:
-                    tiles, choose = {}, getattr(heuristics, f"row_{direction}")
+                    tiles, choose = {}, getattr(heuristics.rows, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
                         tiles.setdefault((tile, tile.block_n < n), n)

@@ -223,17 +223,17 @@ def _quack() -> Provider:
 @contextmanager
 def _teams_allowed():
     """While open, teams take what is held in pieces, as if that had been measured to be faster."""
-    saved = heuristics.TEAM_CAPABILITIES
+    saved = heuristics.teams.TEAM_CAPABILITIES
     if torch.cuda.is_available():
-        heuristics.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
+        heuristics.teams.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
     try:
         yield
     finally:
-        heuristics.TEAM_CAPABILITIES = saved
+        heuristics.teams.TEAM_CAPABILITIES = saved
 
 
 def _tritonnorm_team() -> Provider:
-    """tritonnorm with teams allowed: for heuristics.TEAM_CAPABILITIES to be set by measurement."""
+    """tritonnorm with teams allowed: for heuristics.teams.TEAM_CAPABILITIES to be set by measurement."""
     ours = _tritonnorm()
     operators = {name: ours.operators[name] for name in CHANNEL_OPERATORS if name != "batch_norm_eval"}
     return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)

@@ -21,8 +21,9 @@ from channels import (
 from tolerances import assert_close, assert_no_worse_than, wide
 
 import tritonnorm.functional as tF
-from tritonnorm import heuristics
 from tritonnorm.autograd import normalize_channels
+from tritonnorm.heuristics import channels as channel_choices
+from tritonnorm.heuristics import common as common_choices
 from tritonnorm.launch.common import forget_plans
 
 NAMES = ("dx", "dweight", "dbias")
@@ -40,13 +41,19 @@ def shape(request, monkeypatch):
 
 
 def make_small(monkeypatch):
-    for limits in (heuristics.GROUP_FORWARD_RESIDENT, heuristics.GROUP_BACKWARD_RESIDENT):
+    for limits in (
+        channel_choices.GROUP_FORWARD_RESIDENT,
+        channel_choices.GROUP_BACKWARD_RESIDENT,
+    ):
         for itemsize in limits:
             monkeypatch.setitem(limits, itemsize, 64)
-    for elements in (heuristics.CHANNEL_FORWARD_ELEMENTS, heuristics.CHANNEL_BACKWARD_ELEMENTS):
+    for elements in (
+        channel_choices.CHANNEL_FORWARD_ELEMENTS,
+        channel_choices.CHANNEL_BACKWARD_ELEMENTS,
+    ):
         for itemsize in elements:
             monkeypatch.setitem(elements, itemsize, 1)
-    monkeypatch.setattr(heuristics, "PIECE_ELEMENTS", 192)
+    monkeypatch.setattr(channel_choices, "PIECE_ELEMENTS", 192)
 
 
 def compare(operator, x, weight, bias, dy, groups=None):
@@ -399,7 +406,7 @@ def test_more_images_than_programs(memory_format, device, monkeypatch):
     x, dy = (in_format(torch.randn(7, 6, 4, 5, device=device), memory_format) for _ in range(2))
     weight, bias = torch.randn(2, 6, device=device)
     _, alone = run(GROUP_NORM, x, weight, bias, dy, 3)
-    monkeypatch.setattr(heuristics, "MAX_PARTIALS", 3)
+    monkeypatch.setattr(common_choices, "MAX_PARTIALS", 3)
     forget_plans()
     compare(GROUP_NORM, x, weight, bias, dy, 3)
     _, few = run(GROUP_NORM, x, weight, bias, dy, 3)
@@ -414,7 +421,7 @@ def test_resident_and_in_pieces_agree(over, memory_format, device, monkeypatch):
     weight, bias = torch.randn(2, 8, device=device)
     groups = 8 if over == "batch" else 4
     resident = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
-    monkeypatch.setattr(heuristics, "group_forward", lambda *_: None)
+    monkeypatch.setattr(channel_choices, "group_forward", lambda *_: None)
     forget_plans()
     in_pieces = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
     torch.testing.assert_close(resident, in_pieces, rtol=0, atol=1e-6)

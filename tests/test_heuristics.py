@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 
-from tritonnorm import heuristics
+from tritonnorm.heuristics import channels as channel_choices
+from tritonnorm.heuristics import common, rows, weights
 
 ITEM_SIZES = (2, 4, 8)
 LENGTHS = [*range(1, 70), 96, 127, 1000, 1023, 4097, 5120]
@@ -13,13 +14,13 @@ LENGTHS += [2**k + more for k in range(13, 19) for more in (0, 1)] + [4_200_000]
 
 def test_rows_choose_nothing():
     """What changes the order of a row's sums must not know how many rows there are."""
-    for choose in (heuristics.row_forward, heuristics.row_backward):
+    for choose in (rows.row_forward, rows.row_backward):
         assert list(inspect.signature(choose).parameters) == ["n", "itemsize", "strided"]
 
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
-@pytest.mark.parametrize("choose", [heuristics.row_forward, heuristics.row_backward])
+@pytest.mark.parametrize("choose", [rows.row_forward, rows.row_backward])
 def test_tiles_are_legal(choose, itemsize, strided):
     for n in LENGTHS:
         tile = choose(n, itemsize, strided)
@@ -28,15 +29,21 @@ def test_tiles_are_legal(choose, itemsize, strided):
             assert size > 0
             assert size & (size - 1) == 0
         assert elements <= 2**20  # Triton's largest tensor
-        assert heuristics.MIN_WARPS <= tile.num_warps <= heuristics.MAX_WARPS
-        assert elements >= tile.num_warps * heuristics.WARP  # no thread without an element
+        assert common.MIN_WARPS <= tile.num_warps <= common.MAX_WARPS
+        assert elements >= tile.num_warps * common.WARP  # no thread without an element
         assert tile.block_n < 2 * n or tile.block_n == 1  # no wider than the row needs
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 def test_resident_up_to_the_limit(itemsize):
-    forward, backward = heuristics.FORWARD_RESIDENT[itemsize], heuristics.BACKWARD_RESIDENT[itemsize]
-    for choose, limit in ((heuristics.row_forward, forward), (heuristics.row_backward, backward)):
+    forward, backward = (
+        rows.FORWARD_RESIDENT[itemsize],
+        rows.BACKWARD_RESIDENT[itemsize],
+    )
+    for choose, limit in (
+        (rows.row_forward, forward),
+        (rows.row_backward, backward),
+    ):
         assert choose(limit, itemsize, False).block_n == limit
         assert choose(limit + 1, itemsize, False).block_n < limit
 
@@ -44,7 +51,7 @@ def test_resident_up_to_the_limit(itemsize):
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 def test_strided_tiles_take_whole_sectors(itemsize):
     for n in LENGTHS:
-        for choose in (heuristics.row_forward, heuristics.row_backward):
+        for choose in (rows.row_forward, rows.row_backward):
             assert choose(n, itemsize, True).rows * itemsize >= 32
 
 
@@ -54,28 +61,28 @@ def test_strided_tiles_take_whole_sectors(itemsize):
 def test_partials(m, n, itemsize):
     """Few enough to be cheap, and a legal second dimension of a grid."""
     for parameters in (0, 1, 2):
-        programs = heuristics.row_partials(m, n, itemsize, parameters, rows=1)
-        assert 1 <= programs <= min(m, heuristics.MAX_PARTIALS, 65535)
+        programs = rows.row_partials(m, n, itemsize, parameters, rows=1)
+        assert 1 <= programs <= min(m, common.MAX_PARTIALS, 65535)
         written_and_read = 2 * programs * parameters * n * max(itemsize, 4)
         traffic = 3 * m * n * itemsize
         assert (
-            written_and_read <= heuristics.PARTIAL_SHARE * traffic
-            or written_and_read <= 2 * heuristics.PARTIAL_BYTES
+            written_and_read <= common.PARTIAL_SHARE * traffic
+            or written_and_read <= 2 * common.PARTIAL_BYTES
             or programs == 1
         )
 
 
 def test_partials_fill_a_gpu():
     """A training step's tensor gives every SM of a B200 (148) work."""
-    assert heuristics.row_partials(4096, 4096, 2, 2, rows=1) >= 148
+    assert rows.row_partials(4096, 4096, 2, 2, rows=1) >= 148
 
 
 def test_fold_covers_its_rows():
     for partials in (1, 3, 64, 256, 1000, 1024):
-        tile = heuristics.fold(partials)
-        assert tile.rows * tile.block_n == heuristics.FOLD_ELEMENTS
-        assert tile.block_n >= heuristics.FOLD_COLUMNS
-        assert tile.rows >= min(partials, heuristics.FOLD_ELEMENTS // heuristics.FOLD_COLUMNS)
+        tile = common.fold(partials)
+        assert tile.rows * tile.block_n == common.FOLD_ELEMENTS
+        assert tile.block_n >= common.FOLD_COLUMNS
+        assert tile.rows >= min(partials, common.FOLD_ELEMENTS // common.FOLD_COLUMNS)
 
 
 CHANNELS = [(1, 1), (6, 3), (64, 64), (64, 1), (320, 32), (1280, 32), (30, 3), (2048, 2048), (2048, 1)]
@@ -87,7 +94,7 @@ ADJACENT = ("s", "c", None)
 
 def test_groups_choose_without_images():
     """What changes the order of the sums of an image must not know how many images there are."""
-    for choose in (heuristics.group_forward, heuristics.group_backward):
+    for choose in (channel_choices.group_forward, channel_choices.group_backward):
         assert list(inspect.signature(choose).parameters) == [
             "cg",
             "groups",
@@ -95,7 +102,7 @@ def test_groups_choose_without_images():
             "itemsize",
             "adjacent",
         ]
-    for choose in (heuristics.channel_forward, heuristics.channel_backward):
+    for choose in (channel_choices.channel_forward, channel_choices.channel_backward):
         for c, _ in CHANNELS:
             for s in POSITIONS:
                 assert len({choose(n, c, s, 2, "s", False) for n in (1, 7, 1000)}) == 1
@@ -105,8 +112,8 @@ def test_groups_choose_without_images():
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_group_tiles_are_legal(direction, itemsize, adjacent):
-    choose = getattr(heuristics, f"group_{direction}")
-    limit = getattr(heuristics, f"GROUP_{direction.upper()}_RESIDENT")[itemsize]
+    choose = getattr(channel_choices, f"group_{direction}")
+    limit = getattr(channel_choices, f"GROUP_{direction.upper()}_RESIDENT")[itemsize]
     for c, groups in CHANNELS:
         for s in POSITIONS:
             tile = choose(c // groups, groups, s, itemsize, adjacent)
@@ -121,18 +128,18 @@ def test_group_tiles_are_legal(direction, itemsize, adjacent):
             )  # a group's place in a tile is one for all images
             for size in (tile.block_c, tile.block_s, tile.num_warps):
                 assert size & (size - 1) == 0
-            assert tile.num_warps <= heuristics.MAX_WARPS
+            assert tile.num_warps <= common.MAX_WARPS
             if adjacent != "s" and tile.groups < groups:
-                assert channels * itemsize >= heuristics.LINE_BYTES
+                assert channels * itemsize >= channel_choices.LINE_BYTES
 
 
 def test_resident_sets():
     """Those of a diffusion UNet's inner layers, in both memory formats; not those of its outer ones."""
     for adjacent in ("s", "c"):
-        assert heuristics.group_forward(40, 32, 64, 2, adjacent)
-        assert heuristics.group_backward(40, 32, 64, 2, adjacent)
-        assert heuristics.group_forward(20, 32, 256, 2, adjacent)
-        assert heuristics.group_forward(10, 32, 4096, 2, adjacent) is None
+        assert channel_choices.group_forward(40, 32, 64, 2, adjacent)
+        assert channel_choices.group_backward(40, 32, 64, 2, adjacent)
+        assert channel_choices.group_forward(20, 32, 256, 2, adjacent)
+        assert channel_choices.group_forward(10, 32, 4096, 2, adjacent) is None
 
 
 @pytest.mark.parametrize("over_batch", [False, True])
@@ -140,7 +147,7 @@ def test_resident_sets():
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_pieces_are_legal(direction, itemsize, adjacent, over_batch):
-    choose = getattr(heuristics, f"channel_{direction}")
+    choose = getattr(channel_choices, f"channel_{direction}")
     for c, _ in CHANNELS:
         for s in POSITIONS:
             for n in (1, 3, 256):
@@ -154,14 +161,14 @@ def test_pieces_are_legal(direction, itemsize, adjacent, over_batch):
                 assert pieces.block_c < 2 * c
                 assert pieces.programs(n, c, s) < 2**31
                 if not over_batch:
-                    assert pieces.count(1, s) <= heuristics.GROUP_PARTS
+                    assert pieces.count(1, s) <= channel_choices.GROUP_PARTS
 
 
 @pytest.mark.parametrize("adjacent", ["s", "c"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_pieces_fill_a_gpu(direction, adjacent):
     """One image of 320 channels gives every SM of an H100 (132) work; a batch of ResNet's more so."""
-    choose = getattr(heuristics, f"channel_{direction}")
+    choose = getattr(channel_choices, f"channel_{direction}")
     assert choose(1, 320, 4096, 2, adjacent, False).programs(1, 320, 4096) >= 132
     n, s = (256, 3136) if adjacent == "s" else (1, 256 * 3136)
     assert choose(n, 64, s, 2, adjacent, True).programs(n, 64, s) >= 4 * 132
@@ -171,18 +178,18 @@ def test_pieces_fill_a_gpu(direction, adjacent):
 def test_partial_moments_stay_small(adjacent):
     """12 bytes a channel and piece, written and read: at most a tenth of the traffic, or 8 MB."""
     for n, c, s in [(8, 320, 4096), (32, 256, 3136), (112, 64, 2**18), (2, 32, 2**21)]:
-        pieces = heuristics.channel_forward(n, c, s, 2, adjacent, False)
+        pieces = channel_choices.channel_forward(n, c, s, 2, adjacent, False)
         partial = 12 * c * pieces.count(n, s)
-        assert 2 * partial <= 0.1 * 3 * 2 * n * c * s or partial <= heuristics.PARTIAL_BYTES
+        assert 2 * partial <= 0.1 * 3 * 2 * n * c * s or partial <= common.PARTIAL_BYTES
 
 
 def test_folds_have_the_warps_of_pieces():
     """Teams fold within a kernel of pieces; the sums of both forms then have one order."""
     for pieces in (1, 3, 128, 4096):
         for channels in (1, 10, 64, 2048):
-            tile = heuristics.fold_sets(pieces, channels)
-            assert tile.num_warps == heuristics.PIECE_WARPS == heuristics.MIN_WARPS
-            assert tile.rows * tile.block_n <= heuristics.FOLD_SET_ELEMENTS
+            tile = channel_choices.fold_sets(pieces, channels)
+            assert tile.num_warps == channel_choices.PIECE_WARPS == common.MIN_WARPS
+            assert tile.rows * tile.block_n <= channel_choices.FOLD_SET_ELEMENTS
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
@@ -191,18 +198,18 @@ def test_folds_have_the_warps_of_pieces():
 def test_tiles_of_weights(wide, direction, itemsize):
     """Powers of two, the smallest that hold a channel, no thread without an element; None past the limit
     of a channel. A launch of many gives each tensor the tile that it has alone."""
-    resident = getattr(heuristics, f"WEIGHT_{direction}_RESIDENT")
+    resident = getattr(weights, f"WEIGHT_{direction}_RESIDENT")
     for s in LENGTHS:
-        tile = heuristics.weight_tile(s, itemsize, resident, wide)
+        tile = weights.weight_tile(s, itemsize, resident, wide)
         if s > resident[itemsize]:
             assert tile is None
             continue
         block_c, block_s = tile
         assert s <= block_s < 2 * s or s == block_s == 1
         assert block_c & (block_c - 1) == block_s & (block_s - 1) == 0
-        assert block_c * block_s >= heuristics.WEIGHT_WARPS * heuristics.WARP
-        assert block_c * block_s <= max(heuristics.WEIGHT_TILE[itemsize], resident[itemsize])
-    assert list(inspect.signature(heuristics.weight_tile).parameters) == [
+        assert block_c * block_s >= weights.WEIGHT_WARPS * common.WARP
+        assert block_c * block_s <= max(weights.WEIGHT_TILE[itemsize], resident[itemsize])
+    assert list(inspect.signature(weights.weight_tile).parameters) == [
         "s",
         "itemsize",
         "resident",
@@ -213,5 +220,5 @@ def test_tiles_of_weights(wide, direction, itemsize):
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 def test_few_positions_of_adjacent_channels_fill_a_tile(itemsize):
     """Two images of many channels, [2, 4096]: as many elements as a tile of long columns."""
-    few, many = (heuristics.channel_forward(1, 4096, s, itemsize, "c", True) for s in (2, 4096))
+    few, many = (channel_choices.channel_forward(1, 4096, s, itemsize, "c", True) for s in (2, 4096))
     assert few.block_c * few.block_s == many.block_c * many.block_s

@@ -135,12 +135,12 @@ def test_every_wide_tile_of_weights_is_lowered():
     """Alone in bfloat16; together in launches of many, also of float32. And some of the narrow ones."""
     chosen = weight_cases()
     for resident, direction in (
-        (heuristics.WEIGHT_FORWARD_RESIDENT, "forward"),
-        (heuristics.WEIGHT_BACKWARD_RESIDENT, "backward"),
+        (heuristics.weights.WEIGHT_FORWARD_RESIDENT, "forward"),
+        (heuristics.weights.WEIGHT_BACKWARD_RESIDENT, "backward"),
     ):
 
         def tile_of(n, resident=resident):
-            return heuristics.weight_tile(n, 2, resident, wide=n % 8 == 0)
+            return heuristics.weights.weight_tile(n, 2, resident, wide=n % 8 == 0)
 
         wide = {tile_of(n) for n in range(8, resident[2] + 1, 8)}
         alone = [

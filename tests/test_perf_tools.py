@@ -426,13 +426,13 @@ def test_teams_are_allowed_within_their_providers_calls_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     ours, team = providers.LOADERS["tritonnorm"](), providers.LOADERS["tritonnorm.team"]()
-    seen, chosen = [], heuristics.team
+    seen, chosen = [], heuristics.teams.team
 
     def note(*arguments):
-        seen.append(heuristics.TEAM_CAPABILITIES)
+        seen.append(heuristics.teams.TEAM_CAPABILITIES)
         return chosen(*arguments)
 
-    monkeypatch.setattr(heuristics, "team", note)
+    monkeypatch.setattr(heuristics.teams, "team", note)
     case = Case("batch_norm", "backward", (4, 32, 16, 16), "fp32")
     inputs = providers.make_inputs(case, "cpu")
     expected = providers.make_call(ours, case, inputs)()
@@ -442,7 +442,7 @@ def test_teams_are_allowed_within_their_providers_calls_alone(monkeypatch):
         assert 0 < unaware < len(seen)
     assert all(not capabilities for capabilities in seen[:unaware])
     assert all(capabilities == {(9, 0)} for capabilities in seen[unaware:])
-    assert not heuristics.TEAM_CAPABILITIES
+    assert not heuristics.teams.TEAM_CAPABILITIES
     torch.testing.assert_close(found, expected)
 
 

@@ -11,7 +11,9 @@ from test_channels import make_small
 
 import tritonnorm.functional as tF
 from tritonnorm import heuristics, launch
-from tritonnorm.heuristics import DeviceFacts, Pieces, Team
+from tritonnorm.heuristics.channels import Pieces
+from tritonnorm.heuristics.common import DeviceFacts
+from tritonnorm.heuristics.teams import Team
 
 H100 = DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
 
@@ -37,10 +39,10 @@ def teams(monkeypatch):
         chosen.append(team)
         return team
 
-    choose = heuristics.team
+    choose = heuristics.teams.team
     facts = H100 if INTERPRETED else launch.common.device_facts(torch.device("cuda"))
-    monkeypatch.setattr(heuristics, "TEAM_CAPABILITIES", {facts.capability})
-    monkeypatch.setattr(heuristics, "team", narrow)
+    monkeypatch.setattr(heuristics.teams, "TEAM_CAPABILITIES", {facts.capability})
+    monkeypatch.setattr(heuristics.teams, "team", narrow)
     monkeypatch.setattr(launch.pieces, "device_facts", lambda device: facts)
     return chosen
 
@@ -51,7 +53,7 @@ def test_same_bits_as_the_split_form(
     operator, shape, groups, memory_format, device, monkeypatch, request
 ):
     make_small(monkeypatch)
-    monkeypatch.setattr(heuristics, "PIECE_ELEMENTS", 96)
+    monkeypatch.setattr(heuristics.channels, "PIECE_ELEMENTS", 96)
     x, dy = (in_format(torch.randn(shape, device=device), memory_format) for _ in range(2))
     weight, bias = torch.randn(2, shape[1], device=device)
     split = run(operator, x, weight, bias, dy, groups)
@@ -82,12 +84,12 @@ LINES = Pieces(block_c=1, block_s=2048, images=1, steps=4, num_warps=4, register
 @pytest.fixture
 def measured(monkeypatch):
     """As if teams had been measured to be faster on an H100."""
-    monkeypatch.setattr(heuristics, "TEAM_CAPABILITIES", {H100.capability})
+    monkeypatch.setattr(heuristics.teams, "TEAM_CAPABILITIES", {H100.capability})
 
 
 def test_no_team_where_none_was_measured():
-    assert heuristics.team((1, 320, 4096), 10, False, PIECES, 2, H100) is None
-    assert heuristics.team((1, 320, 4096), 10, False, PIECES, 2, None) is None
+    assert heuristics.teams.team((1, 320, 4096), 10, False, PIECES, 2, H100) is None
+    assert heuristics.teams.team((1, 320, 4096), 10, False, PIECES, 2, None) is None
 
 
 @pytest.mark.usefixtures("measured")
@@ -108,13 +110,13 @@ def test_no_team_where_none_was_measured():
 def test_teams_are_legal(sizes, cg, over_batch, pieces):
     """All programs run at once, what they read twice fits, and every piece has a unit."""
     n, c, s = sizes
-    team = heuristics.team(sizes, cg, over_batch, pieces, 2, H100)
+    team = heuristics.teams.team(sizes, cg, over_batch, pieces, 2, H100)
     images = 1 if over_batch else n
     if team is None:  # one unit alone is too large, or is one piece
         blocks = c if pieces is PIECES else cg
         assert 2 * min(blocks, c) * s * n // images > H100.l2_bytes / 3 or pieces.count(n, s) == images
         return
-    assert team.teams * team.width <= heuristics.TEAM_PROGRAMS * H100.processors
+    assert team.teams * team.width <= heuristics.teams.TEAM_PROGRAMS * H100.processors
     assert team.width <= team.members
     assert team.units * team.members == pieces.programs(n, c, s)
     assert team.blocks * pieces.block_c % cg == 0 or team.units == images
@@ -124,5 +126,5 @@ def test_teams_are_legal(sizes, cg, over_batch, pieces):
 
 @pytest.mark.usefixtures("measured")
 def test_one_image_fills_the_gpu():
-    team = heuristics.team((1, 320, 4096), 10, False, LINES, 2, H100)
+    team = heuristics.teams.team((1, 320, 4096), 10, False, LINES, 2, H100)
     assert team == Team(units=32, blocks=10, members=10, teams=32, width=10)

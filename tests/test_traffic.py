@@ -9,7 +9,7 @@ from tritonnorm import heuristics
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU no bytes are counted")
 
-ONE_READ = {"forward": heuristics.FORWARD_RESIDENT, "backward": heuristics.BACKWARD_RESIDENT}
+ONE_READ = {"forward": heuristics.rows.FORWARD_RESIDENT, "backward": heuristics.rows.BACKWARD_RESIDENT}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -32,7 +32,7 @@ def test_floor(operator, direction, dtype):
         elif direction == "backward":
             assert moved.activations == {"x": 2, "dy": 2, "dx": 1}
         else:
-            chunk = heuristics.row_forward(n, case.itemsize, strided=False).block_n
+            chunk = heuristics.rows.row_forward(n, case.itemsize, strided=False).block_n
             first = chunk / n if operator == "layer_norm" else 0
             assert moved.activations == {"x": pytest.approx(2 + first), "y": 1}
 
@@ -69,8 +69,8 @@ def test_floor_of_channels(case):
 
 
 ONE_READ_WEIGHTS = {
-    "forward": heuristics.WEIGHT_FORWARD_RESIDENT,
-    "backward": heuristics.WEIGHT_BACKWARD_RESIDENT,
+    "forward": heuristics.weights.WEIGHT_FORWARD_RESIDENT,
+    "backward": heuristics.weights.WEIGHT_BACKWARD_RESIDENT,
 }
 
 
@@ -93,7 +93,7 @@ def test_floor_of_weights(case):
 
 
 def test_a_kernel_that_reads_twice_is_noticed(monkeypatch):
-    monkeypatch.setitem(heuristics.FORWARD_RESIDENT, 2, 512)
+    monkeypatch.setitem(heuristics.rows.FORWARD_RESIDENT, 2, 512)
     moved = traffic.measure(Case("rms_norm", "forward", (4, 8192), "bf16"))
     assert moved.excess > 0.4
     assert moved.reread == "x 2.00 times"
@@ -103,10 +103,10 @@ def test_a_kernel_that_reads_twice_is_noticed(monkeypatch):
 def test_partials_stay_small(n):
     """At the size of a training step: at most 5% of the traffic, or 8 MB, that L2 holds."""
     m, itemsize = 2**25 // n, 2
-    tile = heuristics.row_backward(n, itemsize, strided=False)
-    programs = heuristics.row_partials(m, n, itemsize, 2, tile.rows)
+    tile = heuristics.rows.row_backward(n, itemsize, strided=False)
+    programs = heuristics.rows.row_partials(m, n, itemsize, 2, tile.rows)
     partial = programs * n * 4 * 2
     assert (
-        2 * partial <= heuristics.PARTIAL_SHARE * 3 * m * n * itemsize
-        or partial <= heuristics.PARTIAL_BYTES
+        2 * partial <= heuristics.common.PARTIAL_SHARE * 3 * m * n * itemsize
+        or partial <= heuristics.common.PARTIAL_BYTES
     )

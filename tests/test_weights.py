@@ -7,7 +7,8 @@ from cases import DTYPES
 from tolerances import assert_close, assert_no_worse_than, wide
 
 import tritonnorm.functional as tF
-from tritonnorm import heuristics
+from tritonnorm.heuristics import channels as channel_choices
+from tritonnorm.heuristics import weights as weight_choices
 
 SHAPES = (
     ((5,), "a vector"),
@@ -125,11 +126,17 @@ def test_no_worse_than_torch(shape, dim, device):
 @pytest.mark.parametrize(("shape", "dim"), TYPICAL)
 def test_several_steps(shape, dim, device, monkeypatch):
     """Pieces of several steps and folds of several, as those of larger tensors."""
-    for elements in (heuristics.CHANNEL_FORWARD_ELEMENTS, heuristics.CHANNEL_BACKWARD_ELEMENTS):
+    for elements in (
+        channel_choices.CHANNEL_FORWARD_ELEMENTS,
+        channel_choices.CHANNEL_BACKWARD_ELEMENTS,
+    ):
         monkeypatch.setitem(elements, 4, 1)
-    monkeypatch.setattr(heuristics, "PIECE_ELEMENTS", 192)
-    monkeypatch.setitem(heuristics.WEIGHT_FOLD, 4, 4)
-    for resident in (heuristics.WEIGHT_FORWARD_RESIDENT, heuristics.WEIGHT_BACKWARD_RESIDENT):
+    monkeypatch.setattr(channel_choices, "PIECE_ELEMENTS", 192)
+    monkeypatch.setitem(weight_choices.WEIGHT_FOLD, 4, 4)
+    for resident in (
+        weight_choices.WEIGHT_FORWARD_RESIDENT,
+        weight_choices.WEIGHT_BACKWARD_RESIDENT,
+    ):
         monkeypatch.setitem(resident, 4, 16)
     compare(*inputs(shape, dim, torch.float32, device), dim)
 

@@ -53,7 +53,7 @@ def _sets(over, groups, inputs, output):
 
 
 @planned
-def _resident(sets: Sets, heuristic, itemsize) -> heuristics.GroupTile | None:
+def _resident(sets: Sets, heuristic, itemsize) -> heuristics.channels.GroupTile | None:
     """The tile of sets that one program holds; None if it cannot."""
     if sets.over_batch and sets.view.n > 1:
         return None
@@ -61,7 +61,7 @@ def _resident(sets: Sets, heuristic, itemsize) -> heuristics.GroupTile | None:
 
 
 @planned
-def _in_tile(sets: Sets, tile: heuristics.GroupTile):
+def _in_tile(sets: Sets, tile: heuristics.channels.GroupTile):
     """The arguments of a kernel that holds groups in a tile."""
     return dict(
         inverse_count=1 / sets.elements,
@@ -151,7 +151,7 @@ def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_
         return y, *_new_statistics(x, count, ("mean", "rstd")).values()
 
     sets, (x,), target = _sets(over, groups, (x,), y)
-    tile = _resident(sets, heuristics.group_forward, x.element_size())
+    tile = _resident(sets, heuristics.channels.group_forward, x.element_size())
     of_images = running is not None and over == "group"
     names = ["mean", "rstd"] if save_statistics or of_images or tile is None else []
     statistics = _new_statistics(x, count, names + ["variance"] * of_images)
@@ -190,7 +190,7 @@ def channel_apply(x, weight, bias, mean, variance, eps, *, dtype):
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
         sets, (x,), target = _sets("given", x.shape[1], (x,), y)
-        cut = sets.choose(heuristics.channel_forward, x.element_size())
+        cut = sets.choose(heuristics.channels.channel_forward, x.element_size())
         with on_device(x):
             pieces.normalize(sets, cut, x, target, weight, bias, eps, mean=mean, variance=variance)
         if target is not y:
@@ -206,13 +206,13 @@ def channel_backward(dy, x, weight, mean, rstd, groups, over, *, needs_dx, dweig
         return dx, *_zero_gradients(x, dtypes)
 
     sets, (x, dy), target = _sets(over, groups, [x, dy], dx)
-    tile = _resident(sets, heuristics.group_backward, x.element_size())
+    tile = _resident(sets, heuristics.channels.group_backward, x.element_size())
     with on_device(x):
         if tile is None:
             partials = pieces.backward(sets, dy, x, target, weight, mean, rstd)
         else:
             parameters = 2 - dtypes.count(None)
-            programs = heuristics.partials(
+            programs = heuristics.common.partials(
                 sets.view.n, parameters * c * max(x.element_size(), 4), 3 * x.numel() * x.element_size()
             )
             partials = parameter_partials(x, programs, c, dtypes)
@@ -250,7 +250,7 @@ def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dwei
         return dx, *_zero_gradients(x, dtypes)
 
     sets, (x, dy), target = _sets("given", x.shape[1], [x, dy], dx)
-    cut = sets.choose(heuristics.channel_backward, x.element_size())
+    cut = sets.choose(heuristics.channels.channel_backward, x.element_size())
     gradients = None, None
     with on_device(x):
         if dtypes == (None, None):

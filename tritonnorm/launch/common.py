@@ -42,12 +42,12 @@ def on_device(x: torch.Tensor):
 
 
 @lru_cache
-def device_facts(device: torch.device) -> heuristics.DeviceFacts | None:
+def device_facts(device: torch.device) -> heuristics.common.DeviceFacts | None:
     """What launch choices may know of a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    return heuristics.DeviceFacts(
+    return heuristics.common.DeviceFacts(
         capability=(properties.major, properties.minor),
         processors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -63,7 +63,7 @@ def parameter_partials(x, programs: int, n: int, dtypes):
 @planned
 def _fold(programs: int, n: int):
     """The grid of a fold of partial gradients, and the arguments that are sizes."""
-    tile = heuristics.fold(programs)
+    tile = heuristics.common.fold(programs)
     sizes = dict(P=programs, N=n, BLOCK_P=tile.rows, BLOCK_N=tile.block_n, num_warps=tile.num_warps)
     return (ceil(n / tile.block_n),), sizes | FP_FUSION
 

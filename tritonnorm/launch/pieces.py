@@ -47,26 +47,26 @@ class Sets:
         view = self.view
         return dict(N=view.n, C=view.c, S=view.s, ADJACENT=view.adjacent, ALIGN=self.align, **FP_FUSION)
 
-    def choose(self, heuristic, itemsize: int) -> heuristics.Pieces:
+    def choose(self, heuristic, itemsize: int) -> heuristics.channels.Pieces:
         """The pieces that a heuristic cuts the view into."""
         return _choose(self, heuristic, itemsize)
 
-    def programs(self, pieces: heuristics.Pieces) -> tuple[int]:
+    def programs(self, pieces: heuristics.channels.Pieces) -> tuple[int]:
         """The grid of a kernel that takes a piece a program."""
         return (pieces.programs(self.view.n, self.view.c, self.view.s),)
 
-    def count(self, pieces: heuristics.Pieces) -> int:
+    def count(self, pieces: heuristics.channels.Pieces) -> int:
         """Pieces of a channel, over all images."""
         return pieces.count(self.view.n, self.view.s)
 
 
 @planned
-def _choose(sets: Sets, heuristic, itemsize) -> heuristics.Pieces:
+def _choose(sets: Sets, heuristic, itemsize) -> heuristics.channels.Pieces:
     view = sets.view
     return heuristic(view.n, view.c, view.s, itemsize, view.adjacent, sets.over_batch)
 
 
-def in_pieces(pieces: heuristics.Pieces):
+def in_pieces(pieces: heuristics.channels.Pieces):
     """The arguments of a kernel that takes a piece a program."""
     return dict(
         IMAGES=pieces.images,
@@ -79,7 +79,7 @@ def in_pieces(pieces: heuristics.Pieces):
 
 
 @planned
-def in_sets(sets: Sets, pieces: heuristics.Pieces):
+def in_sets(sets: Sets, pieces: heuristics.channels.Pieces):
     """Grid and arguments of a kernel that takes a piece of the view a program, and how many pieces of a
     channel there are."""
     return sets.programs(pieces), sets.arguments | in_pieces(pieces), sets.count(pieces)
@@ -109,12 +109,12 @@ def normalize(
 
 
 @planned
-def _fold(sets: Sets, pieces: heuristics.Pieces):
+def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
     """Grid and arguments of a fold of pieces, but for the size of its tile's second dimension."""
     images = 1 if sets.over_batch else sets.view.n
     count = sets.count(pieces) // images
     one_set = sets.cg > 1
-    tile = heuristics.fold_sets(count, sets.cg if one_set else pieces.block_c)
+    tile = heuristics.channels.fold_sets(count, sets.cg if one_set else pieces.block_c)
     programs = images * (sets.view.c // sets.cg if one_set else ceil(sets.view.c / tile.block_n))
     arguments = dict(CG=sets.cg, SETS=sets.an_image, PIECES=count, ONE_SET=one_set, BLOCK_P=tile.rows)
     return (
@@ -123,13 +123,15 @@ def _fold(sets: Sets, pieces: heuristics.Pieces):
         dict(
             BLOCK_C=tile.block_n,
             num_warps=tile.num_warps,
-            maxnreg=heuristics.WIDE_REGISTERS,
+            maxnreg=heuristics.common.WIDE_REGISTERS,
             **FP_FUSION,
         ),
     )
 
 
-def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.Team | None:
+def _team(
+    sets: Sets, pieces: heuristics.channels.Pieces, x, tensors: int
+) -> heuristics.teams.Team | None:
     """The team that takes the pieces of x and `tensors` - 1 others; None for the split form."""
     view = sets.view
     _, fold, fold_tile = _fold(sets, pieces)
@@ -137,11 +139,11 @@ def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.
     if (
         # The sums of a fold must have one order: that of its own warps, and of a layout that the
         # compiler does not share with tiles of x, as it does among accesses of one shape.
-        pieces.num_warps != heuristics.MIN_WARPS
+        pieces.num_warps != heuristics.common.MIN_WARPS
         or fold_shape in ((pieces.block_c, pieces.block_s), (pieces.block_s, pieces.block_c))
     ):
         return None
-    return heuristics.team(
+    return heuristics.teams.team(
         (view.n, view.c, view.s),
         sets.cg,
         sets.over_batch,
@@ -151,7 +153,7 @@ def _team(sets: Sets, pieces: heuristics.Pieces, x, tensors: int) -> heuristics.
     )
 
 
-def _in_team(team: heuristics.Team, device):
+def _in_team(team: heuristics.teams.Team, device):
     """Grid and arguments of a team's kernel. Programs that wait for others must all be running."""
     arguments = dict(
         arrivals_ptr=torch.zeros(team.units, dtype=torch.int32, device=device),
@@ -159,7 +161,7 @@ def _in_team(team: heuristics.Team, device):
         BLOCKS=team.blocks,
         MEMBERS=team.members,
         WIDTH=team.width,
-        maxnreg=heuristics.TEAM_REGISTERS,
+        maxnreg=heuristics.teams.TEAM_REGISTERS,
     )
     if team.width > 1:
         arguments["launch_cooperative_grid"] = True
@@ -169,7 +171,7 @@ def _in_team(team: heuristics.Team, device):
 def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
     """Computes y and fills `statistics`, mean and rstd among them; `moving` are the arguments that
     running statistics add to a kernel."""
-    pieces = sets.choose(heuristics.channel_forward, x.element_size())
+    pieces = sets.choose(heuristics.channels.channel_forward, x.element_size())
     pieces_grid, arguments, count = in_sets(sets, pieces)
     partial = count, sets.view.c
     partials = dict(
@@ -219,7 +221,7 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
 
 def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
     """Computes dx, unless it is None; returns partial dweight and dbias `[pieces, C]`."""
-    pieces = sets.choose(heuristics.channel_backward, x.element_size())
+    pieces = sets.choose(heuristics.channels.channel_backward, x.element_size())
     view = sets.view
     pieces_grid, arguments, count = in_sets(sets, pieces)
     partials = parameter_partials(x, count, view.c, (mean.dtype, mean.dtype))

@@ -24,7 +24,7 @@ class _Plan(NamedTuple):
     """What shapes and strides decide of a pass: made once for each."""
 
     view: RowView
-    tile: heuristics.RowTile
+    tile: heuristics.common.RowTile
     programs: int  # that walk through the rows
     arguments: dict  # of every kernel
 
@@ -53,7 +53,7 @@ def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) ->
 
 @planned
 def _plan_forward(shape, normalized_dims, strides, options, itemsize):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.row_forward, itemsize)
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_forward, itemsize)
     if plan is not None:
         plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
     return plan
@@ -61,12 +61,12 @@ def _plan_forward(shape, normalized_dims, strides, options, itemsize):
 
 @planned
 def _plan_backward(shape, normalized_dims, strides, options, itemsize, parameters):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.row_backward, itemsize)
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_backward, itemsize)
     if plan is None:
         return None
     plan.arguments.update(dy_strides=plan.view.strides[1])
     view = plan.view
-    programs = heuristics.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
+    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
     return plan._replace(programs=programs)
 
 

@@ -40,7 +40,7 @@ class _Plan:
     alignment: int
     programs: int
     tile: tuple[int, int]
-    pieces: heuristics.Pieces | None  # None for channels that are resident
+    pieces: heuristics.channels.Pieces | None  # None for channels that are resident
     kind: tuple
 
     @cached_property
@@ -58,21 +58,22 @@ def _plan(x, dim, activations, choose, kind) -> _Plan:
     bits = 0
     for t in activations:
         bits |= t.data_ptr()
-    aligned = bits % heuristics.WORD_BYTES == 0
+    aligned = bits % heuristics.common.WORD_BYTES == 0
     kind = x.device, x.dtype, *kind
     return _make_plan(x.shape, x.stride(), dim, x.element_size(), aligned, choose, kind)
 
 
 @planned
 def _make_plan(shape, strides, dim, itemsize, aligned, choose, kind) -> _Plan:
-    view, word = weight_view(shape, strides, dim), heuristics.WORD_BYTES
+    view, word = weight_view(shape, strides, dim), heuristics.common.WORD_BYTES
     wide = aligned and view.line * itemsize % word == 0
     alignment = word // itemsize if wide else 1
     kind = (*kind, alignment)
     if view.n == 1 and view.adjacent == "s":
-        forward = choose is heuristics.channel_forward
-        resident = heuristics.WEIGHT_FORWARD_RESIDENT if forward else heuristics.WEIGHT_BACKWARD_RESIDENT
-        tile = heuristics.weight_tile(view.s, itemsize, resident, wide)
+        forward = choose is heuristics.channels.channel_forward
+        choices = heuristics.weights
+        resident = choices.WEIGHT_FORWARD_RESIDENT if forward else choices.WEIGHT_BACKWARD_RESIDENT
+        tile = choices.weight_tile(view.s, itemsize, resident, wide)
         if tile is not None:
             return _Plan(view, alignment, ceil(view.c / tile[0]), tile, None, kind)
     pieces = choose(view.n, view.c, view.s, itemsize, view.adjacent, over_batch=True)
@@ -121,8 +122,8 @@ def _launch(kernel, plans, operands, **constants):
     if first.pieces is None:
         constants |= dict(
             TILES=tuple(sorted({plan.tile for plan in plans})),
-            num_warps=heuristics.WEIGHT_WARPS,
-            maxnreg=heuristics.WIDE_REGISTERS,
+            num_warps=heuristics.weights.WEIGHT_WARPS,
+            maxnreg=heuristics.common.WIDE_REGISTERS,
         )
     else:
         constants |= dict(ADJACENT=first.view.adjacent, **in_pieces(first.pieces))
@@ -148,7 +149,7 @@ def _partials(plans, xs):
 
 
 def _fold_step(plan, x) -> int:
-    return heuristics.weight_fold(plan.tile[0], x.element_size())
+    return heuristics.weights.weight_fold(plan.tile[0], x.element_size())
 
 
 def is_dense(x) -> bool:
@@ -174,7 +175,7 @@ def weights_forward(xs, gains, dims, *, save_statistics):
     xs = [_dense(x) for x in xs]
     ys = [torch.empty_like(x) for x in xs]
     plans = [
-        _plan(x, dim, (x, y), heuristics.channel_forward, (gain.dtype,))
+        _plan(x, dim, (x, y), heuristics.channels.channel_forward, (gain.dtype,))
         for x, y, gain, dim in zip(xs, ys, gains, dims, strict=True)
     ]
     spreads = [
@@ -214,7 +215,7 @@ def weights_backward(dys, xs, gains, spreads, dims, needs_dx, needs_dgain):
             x,
             dim,
             (x, dy) if dx is None else (x, dy, dx),
-            heuristics.channel_backward,
+            heuristics.channels.channel_backward,
             (gain.dtype, dx is None, dgain is None),
         )
         for x, dy, dx, gain, dgain, dim in zip(xs, dys, dxs, gains, dgains, dims, strict=True)
