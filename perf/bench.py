@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from . import machine
+from . import devices, machine
+from .predict import in_own_process
 from .providers import LOADERS, Provider, describe, load, make_call, make_copy, make_inputs, max_error
-from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, parse_shapes
-from .table import Table, case_fields, summary
+from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, make_cases, parse_shapes
+from .table import Table, case_fields, summary, unexpected
 from .timer import DeviceTimer, Timing
 from .traffic import floor_bytes
 
@@ -29,6 +30,9 @@ TOLERANCES = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4, "fp64": 1e-9}
 peers round twice; for float32 what sums over a million rows lose. A wrong kernel misses by far more."""
 
 USAGE_STATUS = 2  # argparse's
+
+PREDICTING_SHARE = 0.5
+"""Part of the time of a run that may go into predictions. What they compile is not compiled again."""
 
 Timer = Callable[[Callable], Timing]
 
@@ -54,26 +58,6 @@ class Progress:
             print(line, end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
         elif self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
             print(f"{self.done}/{self.total} {seconds:.0f} s", file=sys.stderr, flush=True)
-
-
-def make_cases(operators, directions, dtypes, shape_sets) -> list[Case]:
-    """All that the sets have for these operators, each once; the types one after the other, so that a
-    run cut short has finished some.
-
-    Raises:
-        ValueError: the sets have nothing, or an operator does not take a shape.
-    """
-    cases = [
-        case
-        for dtype in dtypes
-        for shape_set in shape_sets
-        for operator in operators
-        for direction in directions
-        for case in shape_set.cases(operator, direction, dtype)
-    ]
-    if not cases:
-        raise ValueError(f"no shape for {', '.join(operators)}")
-    return list(dict.fromkeys(cases))
 
 
 def _timed(case: Case, timing: Timing) -> dict:
@@ -120,8 +104,11 @@ def missing(case: Case, providers: list[Provider], table: Table) -> list[Provide
     return [p for p in providers if p.offers(case) and table.find(case, p.name) is None]
 
 
-def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> Iterator[str]:
-    """Adds a row for a copy, then for each provider; yields the name after each.
+def measure_case(
+    case: Case, providers, timer: Timer, device, table: Table, predicted=None
+) -> Iterator[str]:
+    """Adds a row for a copy, then for each provider; yields the name after each. tritonnorm's has what
+    was predicted, (us, bound).
 
     Raises DeviceLost after the row that tells of the error.
     """
@@ -131,6 +118,8 @@ def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> I
         if "median_us" in result and "median_us" in copy:
             fraction = float(copy["median_us"]) / float(result["median_us"])
             about["fraction_of_copy"] = f"{fraction:.4f}"
+        if provider == "tritonnorm" and predicted:
+            about |= {"predicted_us": f"{predicted[0]:.3f}", "bound": predicted[1]}
         table.add(**case_fields(case), **about, **result)
         if result["status"] == "error":
             _check_device()
@@ -150,8 +139,12 @@ def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> I
         yield p.name
 
 
-def measure(cases, providers, timer: Timer, device, table: Table, seconds: float) -> None:
-    """Measures what the table lacks of these cases; starts no case after so many seconds."""
+def measure(
+    cases, providers, timer: Timer, device, table: Table, seconds: float, predictions=None
+) -> None:
+    """Measures what the table lacks of these cases; starts no case after so many seconds. `predictions`
+    are those of `predict.in_own_process`."""
+    predictions = predictions or {}
     end = time.monotonic() + seconds
     progress = Progress(
         sum(len(missing(c, providers, table)) + (table.find(c, "copy") is None) for c in cases)
@@ -160,8 +153,23 @@ def measure(cases, providers, timer: Timer, device, table: Table, seconds: float
         if time.monotonic() > end:
             print(f"{seconds:.0f} s are over: the rest of the cases is left out", file=sys.stderr)
             return
-        for name in measure_case(case, missing(case, providers, table), timer, device, table):
+        lacking = missing(case, providers, table)
+        for name in measure_case(case, lacking, timer, device, table, predictions.get(case)):
             progress.step(f"{case.label} {name}")
+
+
+def _predictions(
+    cases, providers, table: Table, name: str, seconds: float
+) -> dict[Case, tuple[float, str]]:
+    """What tritonnorm's rows should take, of those that the table lacks, if a GPU of that name has a
+    model."""
+    device = devices.find(name)
+    ours = [p for p in providers if p.name == "tritonnorm"]
+    lacking = [case for case in cases if missing(case, ours, table)]
+    if device is None or not lacking:
+        return {}
+    print(f"predicting {len(lacking)} cases from the compiled kernels", file=sys.stderr)
+    return in_own_process(lacking, device, PREDICTING_SHARE * seconds)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +213,8 @@ def run(arguments) -> int:
             print(f"bench: {reason}", file=sys.stderr)
             return machine.NO_DEVICE_STATUS
         command = f"python -m perf {shlex.join(sys.argv[1:])}"
-        table = Table(arguments.out, {**machine.facts(), "command": command}, arguments.resume)
+        facts = machine.facts()
+        table = Table(arguments.out, {**facts, "command": command}, arguments.resume)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return USAGE_STATUS
@@ -216,7 +225,9 @@ def run(arguments) -> int:
         if table.find(None, name) is None:
             table.add(provider=name, status="absent", error=reason)
     try:
-        measure(cases, providers, DeviceTimer(), "cuda", table, arguments.seconds)
+        predictions = _predictions(cases, providers, table, facts["device"], arguments.seconds)
+        left = arguments.seconds - (time.monotonic() - started)
+        measure(cases, providers, DeviceTimer(), "cuda", table, left, predictions)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {arguments.out} keeps {len(table.rows)} rows", file=sys.stderr)
         return machine.INTERRUPTED_STATUS
@@ -226,6 +237,7 @@ def run(arguments) -> int:
         again = [*sys.argv[1:], "--resume", "--seconds", str(left)]
         os.execv(sys.executable, [sys.executable, "-m", "perf", *again])
     print(summary(table.rows))
+    print(unexpected(table.rows))
     print(f"{len(table.rows)} rows in {arguments.out}")
     ours = [row for row in table.rows if row["provider"] == "tritonnorm"]
     return int(any(row.get("status") != "ok" for row in ours))

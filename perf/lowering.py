@@ -1,30 +1,21 @@
 """What the compiler makes of the launch choices, for GPUs that are not there.
 
-Launches are compiled as tritonnorm makes them, instead of run, and PTX and SASS are read:
-registers, spills, the width of every access to every tensor, bytes read. Necessary conditions for
-speed, not a measurement of it.
+PTX and SASS of every launch are read: registers, spills, the width of every access to every tensor,
+bytes read. Then the time is predicted that passes of the benchmark's size should take. Necessary
+conditions for speed, not a measurement of it.
 """
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from math import prod
-from pathlib import Path
+from dataclasses import asdict
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from tritonnorm import heuristics
 
-from .launches import ACTIVATIONS, observe
-from .launches import run as run_case
+from . import devices, gates, predict
+from .compiled import TARGETS, Lowered, lower
 from .shapes import (
     BRIEF_OPERATORS,
     BRIEF_SIZES,
@@ -35,7 +26,6 @@ from .shapes import (
     layouts_of,
 )
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
 SIZES = tuple(2**k for k in range(17))
 """Row lengths: every power of two is a tile of its own as long as rows are resident; 65,536 is longer
 than any that is."""
@@ -71,239 +61,6 @@ LAYERS = (11, 64, 8192)
 
 ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
-
-WIDE = 16  # bytes of the widest access that all three targets have
-
-
-class AbsentDriver:
-    """Stands in for Triton's CUDA driver, so that kernels compile for a GPU that is not there."""
-
-    def __init__(self, target: str):
-        self.capability = int(target.removeprefix("sm_"))
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability  # a device a target: Triton keeps its compiler by device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """One compiled kernel, for one case."""
-
-    target: str
-    kernel: str
-    operator: str
-    direction: str
-    shape: str
-    dtype: str
-    layout: str  # "contiguous", "channels_last", or the variant of `launches.run`
-    tiles: list[tuple[int, int]]  # one; or several, of which a program takes one
-    line: int  # elements that are adjacent in memory, which decide how wide an access can be
-    num_warps: int
-    registers: int
-    stack: int  # bytes, which nothing but spilled registers needs here
-    widths: dict[str, list[int]]  # bytes of each access, by tensor
-    bytes_in_flight: int  # of activations, an SM: a tile of each that is read, times occupancy
-    instructions_per_byte: float | None = None  # warp instructions a byte of activations
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """The tile; of several that of the longest lines."""
-        return self.tiles[-1]
-
-    @property
-    def tile_bytes(self) -> int:
-        return prod(self.tile) * DTYPES[self.dtype].itemsize
-
-    def tile_widths(self, tensor: str) -> list[int]:
-        """Bytes of each access to the tiles of a tensor."""
-        widths = self.widths.get(tensor, [])
-        if self.kernel in FIRST_ELEMENTS and tensor == "x":
-            wide = self.tile_bytes // (self.num_warps * heuristics.common.WARP * WIDE)
-            widths = sorted(widths, reverse=True)[: max(wide, 1)]
-        return widths
-
-    @property
-    def violations(self) -> list[str]:
-        """Which of the gates this kernel fails: spills, narrow accesses, more than one read."""
-        found = []
-        if self.stack:
-            found.append(f"spills: {self.stack} bytes of stack")
-        for tensor in ACTIVATIONS:
-            if tensor not in self.widths or self.line * DTYPES[self.dtype].itemsize % WIDE:
-                continue
-            widths = self.tile_widths(tensor)
-            if not widths:
-                found.append(f"{tensor}: no access found")
-                continue
-            if min(widths) < WIDE:
-                found.append(f"{tensor}: accesses of {min(widths)} bytes")
-            touched = sum(widths) * self.num_warps * heuristics.common.WARP
-            held = sum(map(prod, self.tiles)) * DTYPES[self.dtype].itemsize
-            if touched != held and self.kernel not in SWEEPS:
-                found.append(f"{tensor}: touches {touched} bytes of a tile of {held}")
-        return found
-
-
-FIRST_ELEMENTS = ("channel_moments", "team_forward")
-"""Kernels that read, beside its tiles, the first element of every channel of x."""
-
-SWEEPS = ("row_forward_looped", "row_gradient_means", "team_forward", "team_backward")
-"""Kernels whose text loads a tile several times: for sweeps, or in a loop that is unrolled."""
-
-
-ACCESS = r"(?:ld|st|atom)[\w.:]*?\.global(?:[\w.:]*?\.v(\d)|[\w.:]*?)\.[bfus](\d+)\s(.*)"
-"""A load, store or atomic of PTX: vector length, bits, operands; with any cache hints between."""
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, list[int]]:
-    """Bytes of every global access in PTX, by the tensor it goes to.
-
-    `pointers` names the kernel's parameters that are pointers. An address is traced back through the
-    instructions that made it to the one pointer among the parameters.
-    """
-    sources = defaultdict(list)  # register -> the instructions that write it
-    accesses = []
-    for line in ptx.splitlines():
-        text = line.split("//")[0].strip().rstrip(";")
-        text = re.sub(r"^@!?%p\d+\s+", "", text)
-        if access := re.match(ACCESS, text):
-            address = re.search(r"\[\s*(%\w+)", access[3])
-            accesses.append((address[1], int(access[1] or 1) * int(access[2]) // 8))
-        elif re.match(r"(ld|st|red|atom|cp)\S*\.global", text):
-            raise ValueError(f"an access of a kind that is not counted: {text}")
-        elif match := re.match(r"ld\.param\S*\s+(%\w+),\s*\[\w+_param_(\d+)", text):
-            sources[match[1]].append(int(match[2]))
-        elif match := re.match(r"[a-z][\w.:]*\s+(%\w+),\s*(.*)", text):
-            sources[match[1]].append(re.findall(r"%[a-z]+\d+", match[2]))
-
-    widths = {name: [] for name in pointers.values()}
-    for register, size in accesses:
-        seen, waiting, names = set(), [register], set()
-        while waiting:
-            current = waiting.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            for source in sources[current]:
-                if isinstance(source, int):
-                    names |= {pointers[source]} if source in pointers else set()
-                else:
-                    waiting += source
-        (name,) = names
-        widths[name].append(size)
-    return widths
-
-
-def _instructions(cubin: bytes) -> int:
-    """Instructions of the longest loop of a kernel, or of all of it where there is none."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = _tool("cuobjdump", "-sass", file.name)
-    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+((?!NOP).*);", sass, re.MULTILINE)
-    position = {int(address, 16): i for i, (address, _) in enumerate(found)}
-    longest = 0
-    for i, (_, instruction) in enumerate(found):
-        if branch := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction):
-            target = position.get(int(branch[1], 16), i)
-            if target < i:  # a branch to itself only pads the end
-                longest = max(longest, i + 1 - target)
-    return longest or len(found)
-
-
-TILE_SIZES = (
-    ("BLOCK_C", "BLOCK_S"),
-    ("ROWS", "BLOCK_N"),
-    ("BLOCK_P", "BLOCK_C"),
-    ("BLOCK_P", "BLOCK_N"),
-)
-"""Parameters that are the sizes of a tile: a kernel has one of these pairs, a team's also a fold's; or
-TILES, which are several."""
-
-
-def _tiles(arguments) -> list[tuple[int, int]]:
-    """The tiles that a program may take, that of the longest lines last."""
-    if "TILES" in arguments:
-        return sorted(arguments["TILES"], key=lambda tile: tile[1])
-    sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
-    return [tuple(arguments[name] for name in sizes)]
-
-
-def _line(arguments) -> int:
-    """Elements that are adjacent in memory, as far as a program goes along them; 0 in a fold. Of many
-    tensors, whose sizes are in a table, what divides all their lines."""
-    if arguments.get("table_ptr") is not None:
-        return arguments["ALIGN"]
-    if "TILES" in arguments:
-        return arguments["S"]
-    if "ROWS" in arguments:
-        return arguments["M" if arguments["ALIGN"] is None else "N"]
-    if "ADJACENT" not in arguments:
-        return 0
-    if arguments["ADJACENT"] == "s":
-        return arguments["S"]
-    channels = arguments["C"]
-    if "GROUPS" in arguments and arguments["GROUPS"] * arguments["CG"] < channels:
-        return arguments["GROUPS"] * arguments["CG"]
-    return channels
-
-
-def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str | None) -> Lowered:
-    """Reads a compiled kernel."""
-    # Triton leaves constexpr and None arguments out of the signature, and flattens tuples.
-    pointers, position = {}, 0
-    for parameter in kernel.params:
-        value = arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, torch.Tensor):
-                pointers[position] = parameter.name.removesuffix("_ptr")
-            if isinstance(item, torch.Tensor) or item != 1 or parameter.do_not_specialize:
-                position += 1
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    widths = _access_widths(compiled.asm["ptx"], pointers)
-
-    warps = arguments["num_warps"]
-    block_registers = -(-registers // 8) * 8 * heuristics.common.WARP * warps
-    blocks = min(heuristics.common.SM_REGISTERS // block_registers, 64 // warps, 32)
-    tiles = _tiles(arguments)
-    tile_bytes = prod(tiles[-1]) * case.itemsize
-    loads = sum(name in widths for name in ("x", "dy"))
-    return Lowered(
-        target=target,
-        kernel=kernel.__name__,
-        operator=case.operator,
-        direction=case.direction,
-        shape=case.name,
-        dtype=case.dtype,
-        layout=case.layout if variant in (None, "team") else variant,
-        tiles=tiles,
-        line=_line(arguments),
-        num_warps=warps,
-        registers=registers,
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        widths=widths,
-        bytes_in_flight=blocks * loads * tile_bytes,
-    )
 
 
 def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
@@ -395,41 +152,16 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     return chosen
 
 
-def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
-    """Compiles the launches of the chosen cases for a target, in a process that will run no kernel.
-
-    `instructions` counts them as well, which takes the disassembler half a second a kernel.
-    """
-    found, counts = [], []
-
-    def compile_and_inspect(kernel, grid, arguments):
-        compiled = kernel.warmup(grid=grid, **arguments)
-        found.append(inspect(kernel, arguments, compiled, case, target, variant))
-        if instructions:
-            counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
-
-    triton.runtime.driver.set_active(AbsentDriver(target))
-    with ThreadPoolExecutor(os.cpu_count()) as disassemblers, observe(compile_and_inspect):
-        for case, variant in chosen:
-            run_case(case, variant)
-    if instructions:
-        for i, count in enumerate(counts):
-            k = found[i]
-            if moved := k.tile_bytes * sum(name in k.widths for name in ACTIVATIONS):
-                found[i] = replace(k, instructions_per_byte=count.result() * k.num_warps / moved)
-    return found
-
-
 def table(lowered: list[Lowered]) -> str:
     """One line a kernel. Spill is in bytes; width is the narrowest access to an activation, in bits;
-    KB in flight are an SM's, as far as registers and warps limit them."""
+    KB in flight are an SM's, as far as registers, warps and shared memory limit them."""
     lines = [
         f"{'operator':<15} {'pass':<8} {'dtype':<5} {'shape':>12} {'layout':<13} {'kernel':<24} "
         f"{'tile':>8} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
-        + (" instr/B" if lowered[0].instructions_per_byte else "")
+        + (" instr/B" if any(k.instructions for k in lowered) else "")
     ]
     for k in lowered:
-        width = min((w for name in ACTIVATIONS for w in k.tile_widths(name)), default=0) * 8
+        width = min((w for name in k.activations for w in k.tile_widths(name)), default=0) * 8
         tile = f"{k.tile[0]}x{k.tile[1]}"
         lines.append(
             f"{k.operator:<15} {k.direction:<8} {k.dtype:<5} {k.shape:>12} {k.layout:<13} "
@@ -441,17 +173,37 @@ def table(lowered: list[Lowered]) -> str:
     return "\n".join(lines)
 
 
+def misses(k: Lowered) -> list[tuple[gates.Miss, str]]:
+    """The gates that a kernel misses, with a line each."""
+    what = f"{k.target} {k.operator} {k.direction} {k.shape} {k.layout} {k.dtype} {k.kernel}"
+    return [(miss, miss.line(what)) for miss in gates.missed(gates.OF_KERNELS, k)]
+
+
+def summary(missed: list[gates.Miss]) -> str:
+    """How often each gate is missed."""
+    names = [gate.name for gate in gates.OF_KERNELS + gates.OF_LAUNCHES]
+    counts = [(name, [miss for miss in missed if miss.gate.name == name]) for name in names]
+    return "; ".join(
+        f"gate {name}: {len(some)} missed, {sum(miss.fails for miss in some)} fail"
+        for name, some in counts
+    )
+
+
 def add_arguments(parser):
     parser.add_argument("--target", choices=TARGETS, help="one target (default: sm_90)")
     parser.add_argument("--all", action="store_true", help="every target")
     parser.add_argument("--brief", action="store_true", help="fewer operators and sizes, bfloat16")
     parser.add_argument(
-        "--gate", action="store_true", help="end with status 1 on spills or narrow accesses"
+        "--gate",
+        action="store_true",
+        help="end with status 1 on spills, narrow accesses, or an enforced gate that is missed",
     )
     parser.add_argument(
-        "--instructions", action="store_true", help="count them a byte too (half a second a kernel)"
+        "--instructions",
+        action="store_true",
+        help="count them a byte too, for the few rows that are compiled for (half a second a kernel)",
     )
-    parser.add_argument("--json", action="store_true", help="records instead of a table")
+    parser.add_argument("--json", action="store_true", help="records instead of tables, no prediction")
 
 
 def run(arguments) -> int:
@@ -459,14 +211,35 @@ def run(arguments) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("lowering: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    found = {t: lower(t, cases(arguments.brief), arguments.instructions) for t in targets}
+    chosen = cases(arguments.brief)
+    found = {t: [k for ks in lower(t, chosen, arguments.instructions) for k in ks] for t in targets}
     records = [k for lowered in found.values() for k in lowered]
+    missed = [miss for k in records for miss in misses(k)]
     if arguments.json:
-        print(json.dumps([asdict(k) | {"violations": k.violations} for k in records]))
+        print(json.dumps([_record(k) for k in records]))
     else:
         for target, lowered in found.items():
             print(f"{target}, compiled with Triton {triton.__version__}; nothing was run")
             print(table(lowered), end="\n\n")
-        failing = sum(bool(k.violations) for k in records)
+        for target in targets:
+            predicted = predict.predict(
+                predict.quick_cases(arguments.brief), target, devices.of_target(target)
+            )
+            missed += [miss for p in predicted for miss in p.missed]
+            print(f"{target}: predicted by a model from the compiled kernels, not measured")
+            print(predict.table(predicted))
+            print(predict.worst(predicted), end="\n\n")
+        for _, line in missed:
+            print(line)
+    failing = sum(bool(k.violations) for k in records)
+    if not arguments.json:
+        print(summary([miss for miss, _ in missed]))
         print(f"{len(records)} kernels, {failing} that spill, access narrowly or read twice")
-    return int(arguments.gate and any(k.violations for k in records))
+    return int(arguments.gate and bool(failing or any(miss.fails for miss, _ in missed)))
+
+
+def _record(k: Lowered) -> dict:
+    return asdict(k) | {
+        "violations": k.violations,
+        "failed": [line for miss, line in misses(k) if miss.fails],
+    }

@@ -22,8 +22,8 @@ from triton.runtime.jit import JITFunction
 
 from tritonnorm import dispatch, functional
 
+from .compiled import AbsentDriver
 from .launches import observe
-from .lowering import AbsentDriver
 from .providers import operators_of_torch, weight_operators, with_signatures_of_torch
 from .shapes import OPERATORS, ROW_OPERATORS, WEIGHT_OPERATORS
 

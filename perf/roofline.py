@@ -1,5 +1,6 @@
 """Draws a CSV of `bench`: achieved bandwidth against the number of elements that share statistics, a
-row's length or a group's size, beside a copy and the datasheet.
+row's length or a group's size, beside a copy, the datasheet, and what the model predicts. A CSV of
+`predict` has nothing but the latter.
 
 A plot is one family of operators in one dtype, a panel one operator and direction, a line one provider
 in one layout. Drawn are cases of tensors large enough that memory and not the launch takes the time,
@@ -14,9 +15,10 @@ from math import nan
 from pathlib import Path
 from textwrap import fill
 
+from .devices import DATASHEET_GBPS
 from .shapes import DTYPES, LAYOUTS, OPERATORS, PASSES
 from .table import CASE_FIELDS, read_case
-from .traffic import tensor_bytes
+from .traffic import floor_bytes, tensor_bytes
 
 REQUIRED = (
     *(*CASE_FIELDS, "provider", "provider_version", "gbps", "status"),
@@ -24,28 +26,8 @@ REQUIRED = (
     *("tritonnorm_version", "date"),
 )
 
-DATASHEET_GBPS = {
-    "NVIDIA A10": 600,
-    "NVIDIA A10G": 600,
-    "NVIDIA A100-PCIE-40GB": 1555,
-    "NVIDIA A100-SXM4-40GB": 1555,
-    "NVIDIA A100 80GB PCIe": 1935,
-    "NVIDIA A100-SXM4-80GB": 2039,
-    "NVIDIA B200": 8000,
-    "NVIDIA GB200": 8000,
-    "NVIDIA GeForce RTX 3090": 936,
-    "NVIDIA GeForce RTX 4090": 1008,
-    "NVIDIA GeForce RTX 5090": 1792,
-    "NVIDIA H100 80GB HBM3": 3350,
-    "NVIDIA H100 NVL": 3900,
-    "NVIDIA H100 PCIe": 2000,
-    "NVIDIA H200": 4800,
-    "NVIDIA L4": 300,
-    "NVIDIA L40S": 864,
-    "NVIDIA RTX 6000 Ada Generation": 960,
-    "NVIDIA RTX A6000": 768,
-}
-"""Bandwidth of the device memory as the datasheet states it, GB/s, by the name that CUDA gives."""
+PREDICTED = "predicted"
+"""Stands for a provider: tritonnorm's rows have, beside what was measured, what a model predicts."""
 
 FAMILIES = {"rows": "roofline", "channels": "roofline-channels", "weights": "roofline-weights"}
 """The families of operators, and the names of their plots."""
@@ -75,6 +57,7 @@ STYLES = {
     "fla": dict(color="#cc79a7", linewidth=1.3, marker="v", markersize=4),
     "quack": dict(color="#000000", linewidth=1.3, marker="P", markersize=4),
     "copy": dict(color="#666666", linewidth=1.3, linestyle=(0, (1, 1.5))),
+    PREDICTED: dict(color="#000000", linewidth=0.7, zorder=6),
 }
 """Colours of Okabe and Ito's palette, told apart by readers of any colour vision, and by markers."""
 
@@ -90,7 +73,7 @@ DPI = 160
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows to be drawn: those with a bandwidth, of large tensors.
+    """The rows to be drawn: those with a bandwidth, measured or predicted, of large tensors.
 
     Raises:
         ValueError: a column is missing, there is no such row, or they are of more than one device.
@@ -100,7 +83,8 @@ def read(path: Path) -> list[dict[str, str]]:
         absent = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
         if absent:
             raise ValueError(f"{path}: not a CSV of `bench`, it has no column {', '.join(absent)}")
-        rows = [row for row in reader if row["gbps"]]
+        rows = list(reader)
+    rows = [row for row in rows if row["gbps"]] + _predictions(rows)
     rows = [row for row in rows if tensor_bytes(read_case(row)) >= LEAST_TENSOR_BYTES]
     if not rows:
         raise ValueError(f"{path}: no figure of a tensor of {LEAST_TENSOR_BYTES >> 20} MiB or more")
@@ -108,6 +92,24 @@ def read(path: Path) -> list[dict[str, str]]:
     if len(devices) > 1:
         raise ValueError(f"{path}: figures of several devices: {', '.join(devices)}")
     return rows
+
+
+def _predictions(rows) -> list[dict[str, str]]:
+    """Rows of PREDICTED: bandwidth as it is counted of measurements."""
+    return [
+        row | {"provider": PREDICTED, "gbps": str(_predicted_gbps(row)), "status": "ok"}
+        for row in rows
+        if row["provider"] == "tritonnorm" and row.get("predicted_us")
+    ]
+
+
+def _predicted_gbps(row) -> float:
+    return floor_bytes(read_case(row)) / float(row["predicted_us"]) / 1e3
+
+
+def _only_predicted(rows) -> bool:
+    """Whether nothing was measured."""
+    return all(row["provider"] == PREDICTED for row in rows)
 
 
 def lines(rows, operator, direction) -> dict[tuple[str, str], list[tuple[int, float, str]]]:
@@ -188,6 +190,14 @@ def _caption(rows) -> tuple[str, str]:
         signs += " A cross is a wrong result."
     if any(row["layout"] == "channels_last" for row in rows):
         signs += " Dashed: channels_last."
+    if _only_predicted(rows):
+        return (
+            f"{first['device']}, {versions}. Predicted by a model, not measured.",
+            "Bandwidth: bytes that the operator must move, over the predicted time. Tensors of "
+            f"{LEAST_TENSOR_BYTES >> 20} MiB or more, the largest at each number of elements.{signs}",
+        )
+    if any(row["provider"] == PREDICTED for row in rows):
+        signs += " The thin line is a model's prediction."
     return (
         f"{first['device']}, {versions}. Measured {first['date'][:10]}.",
         "Bandwidth: bytes that the operator must move, the same for everyone, over the median time, L2 "
@@ -202,7 +212,8 @@ def _provider_labels(rows) -> dict[str, str]:
     labels = {provider: f"{provider} {version}" for provider, version in versions.items()}
     _, comma, cudnn = versions.get("torch", "").partition(",")
     known = {"tritonnorm": "tritonnorm", "torch": f"PyTorch{comma}{cudnn}"}
-    return labels | known | {"torch.compile": "torch.compile", "copy": "copy of as many bytes"}
+    model = {PREDICTED: "tritonnorm, predicted"}
+    return labels | known | model | {"torch.compile": "torch.compile", "copy": "copy of as many bytes"}
 
 
 def _select(rows, family, dtype):
@@ -254,6 +265,7 @@ def draw(rows, family, dtype):
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)  # that of the first layout
     ordered = [name for name in STYLES if name in handles]
+    title = "Predicted, not measured: bandwidth" if _only_predicted(rows) else "Achieved bandwidth"
     figure.legend(
         [handles[name] for name in ordered],
         [names[name] for name in ordered],
@@ -261,7 +273,7 @@ def draw(rows, family, dtype):
         ncols=max(int(width / LEGEND_ENTRY_WIDTH), 1),
         frameon=False,
         fontsize=9,
-        title=f"Achieved bandwidth in {DTYPE_NAMES[dtype]}",
+        title=f"{title} in {DTYPE_NAMES[dtype]}",
         title_fontproperties={"size": 13, "weight": "bold"},
         alignment="left",
     )
@@ -283,7 +295,7 @@ def save(figure, path: Path) -> list[Path]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("csv", type=Path, help="what `bench` wrote")
+    parser.add_argument("csv", type=Path, help="what `bench` or `predict` wrote")
     parser.add_argument("--out", type=Path, help="folder of the plots (default: the CSV's)")
 
 

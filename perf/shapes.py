@@ -368,3 +368,23 @@ def parse_shapes(texts) -> list[ShapeSet]:
                 f"{text!r} is neither a set ({', '.join(SHAPE_SETS)}) nor sizes joined by x"
             )
     return sets
+
+
+def make_cases(operators, directions, dtypes, shape_sets) -> list[Case]:
+    """All that the sets have for these operators, each once; the types one after the other, so that a
+    run cut short has finished some.
+
+    Raises:
+        ValueError: the sets have nothing, or an operator does not take a shape.
+    """
+    cases = [
+        case
+        for dtype in dtypes
+        for shape_set in shape_sets
+        for operator in operators
+        for direction in directions
+        for case in shape_set.cases(operator, direction, dtype)
+    ]
+    if not cases:
+        raise ValueError(f"no shape for {', '.join(operators)}")
+    return list(dict.fromkeys(cases))

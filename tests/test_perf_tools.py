@@ -27,7 +27,7 @@ from perf.shapes import (
     ShapeSet,
     parse_shapes,
 )
-from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary
+from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary, unexpected
 from perf.timer import DeviceTimer, Timing
 from perf.traffic import floor_bytes, tensor_bytes
 from tritonnorm import heuristics
@@ -76,8 +76,9 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def measured(path, measured_providers, cases, resume=False, seconds=100):
-    bench.measure(cases, measured_providers, fake_timer, "cpu", Table(path, RUN, resume), seconds)
+def measured(path, measured_providers, cases, resume=False, seconds=100, predictions=None):
+    table = Table(path, RUN, resume)
+    bench.measure(cases, measured_providers, fake_timer, "cpu", table, seconds, predictions)
     return read(path)
 
 
@@ -519,6 +520,36 @@ def test_bench_writes_a_row_for_right_wrong_and_failing_providers(tmp_path):
     assert failing["median_us"] == failing["gbps"] == ""
 
 
+def test_bench_writes_predictions_beside_our_measurements_alone(tmp_path):
+    """And none where there is none."""
+    rms = TORCH["rms_norm"]
+    table = [Provider("tritonnorm", "0.1.0", {"rms_norm": rms}), Provider("b", "2", {"rms_norm": rms})]
+    cases = [Case("rms_norm", "forward", (8, n), "fp32") for n in (16, 32)]
+    rows = measured(tmp_path / "bench.csv", table, cases, predictions={cases[0]: (20.0, "issue")})
+    assert [(row["predicted_us"], row["bound"]) for row in rows if row["shape"] == "8x16"] == [
+        ("", ""),  # a copy's
+        ("20.000", "issue"),
+        ("", ""),
+    ]
+    assert not any(row["predicted_us"] for row in rows if row["shape"] == "8x32")
+
+
+def test_unexpected_times_are_named_worst_first():
+    def row(n, median_us, predicted_us, status="ok"):
+        fields = case_fields(Case("rms_norm", "forward", (8, n), "bf16"))
+        figures = dict(median_us=median_us, predicted_us=predicted_us, bound="bytes")
+        return fields | figures | {"provider": "tritonnorm", "status": status}
+
+    rows = [row(1, "11.5", "10"), row(2, "5", "10"), row(3, "10.9", "10"), row(4, "9", "")]
+    rows += [row(5, "90", "10", "wrong"), row(6, "", "", "absent")]
+    assert unexpected(rows).splitlines() == [
+        "2 of 3 predictions are off by more than 10%:",
+        "  rms_norm forward 8x2 bf16: 50% of the prediction, 5 us and not 10, bound by bytes",
+        "  rms_norm forward 8x1 bf16: 115% of the prediction, 11.5 us and not 10, bound by bytes",
+    ]
+    assert unexpected(rows[3:]) == "no prediction to compare with"
+
+
 def test_bench_keeps_its_rows_when_interrupted_and_resumes(tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -708,6 +739,7 @@ def bench_rows(device="NVIDIA H200"):
     """Of each family two operators forward and one backward in bfloat16; figures that no device
     measured."""
     facts = dict.fromkeys(FIELDS, "1") | {"device": device, "date": "2000-01-01T00:00:00+00:00"}
+    facts["predicted_us"] = facts["bound"] = ""
     speeds = {"copy": 4000, "tritonnorm": 3900, "torch": 2000}
     rows = [facts | dict.fromkeys((*CASE_FIELDS, "gbps"), "") | dict(provider="fla", status="absent")]
     row_shapes = parse_shapes(["32768x1024", "65536x1024", "32768x8192", "16x4096"])
@@ -797,6 +829,41 @@ def test_roofline_has_a_line_a_provider_and_layout(tmp_path):
         ]
 
 
+def of_predictions(rows, measured):
+    """tritonnorm's rows, in microseconds that make 3.8 TB/s, beside what was measured or without."""
+    kept = []
+    for row in rows:
+        if row["provider"] == "tritonnorm":
+            row = row | {"predicted_us": f"{floor_bytes(read_case(row)) / 3.8e6}", "bound": "bytes"}
+            row |= {} if measured else {"gbps": "", "median_us": "", "status": "predicted"}
+        if measured or row["provider"] == "tritonnorm":
+            kept.append(row)
+    return kept
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_roofline_draws_the_prediction_as_such(tmp_path, measured):
+    """A thin line beside the measurement; alone it is said to be none, in title and caption."""
+    pytest.importorskip("matplotlib")
+    rows = roofline.read(write(tmp_path / "bench.csv", of_predictions(bench_rows(), measured)))
+    figure = roofline.draw(rows, "rows", "bf16")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    predicted = lines[roofline.PREDICTED]
+    assert list(predicted.get_ydata()) == [pytest.approx(3.8)] * 2
+    assert ("tritonnorm" in lines) == measured
+    (legend,) = figure.legends
+    assert "tritonnorm, predicted" in [text.get_text() for text in legend.get_texts()]
+    texts = legend.get_title().get_text(), figure.get_supxlabel()
+    if measured:
+        assert predicted.get_linewidth() < lines["tritonnorm"].get_linewidth()
+        assert texts[0] == "Achieved bandwidth in bfloat16"
+        assert "thin line is a model's prediction" in texts[1].replace("\n", " ")
+    else:
+        assert texts[0] == "Predicted, not measured: bandwidth in bfloat16"
+        assert "Predicted by a model, not measured." in texts[1]
+        assert "Measured" not in texts[1]
+
+
 def test_roofline_draws_channels_last_dashed(tmp_path):
     pytest.importorskip("matplotlib")
     rows = roofline.read(write(tmp_path / "bench.csv", bench_rows()))
@@ -826,7 +893,7 @@ def test_roofline_refuses_a_csv_it_cannot_draw(change, message, tmp_path, monkey
 
 
 def test_every_provider_and_dtype_has_a_style():
-    assert set(roofline.STYLES) == {*providers.LOADERS, "copy"}
+    assert set(roofline.STYLES) == {*providers.LOADERS, "copy", roofline.PREDICTED}
     assert set(roofline.TITLES) == set(TORCH) == set(OPERATORS)
     assert {*providers.EPS, *WEIGHT_OPERATORS} == set(OPERATORS)
     assert set(bench.TOLERANCES) == set(DTYPES)

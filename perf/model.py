@@ -1,0 +1,177 @@
+"""The time that a launch should take, from what is compiled and from the facts of a GPU.
+
+The programs that an SM holds at once share it like customers a queue. Each waits and computes by
+itself for a time T, and takes its turn at the memory, b, of which r for what it reads, and at the
+schedulers, c. A wave of R programs an SM then takes
+
+    max(R * b, R * c, T + r)        bound by bytes, by issue rate, by bytes in flight
+
+(what a program stores leaves while the next one waits). The last wave may be a partial one, and has its
+own maximum: what it takes beyond its share is the tail. A pass is the sum of its launches.
+
+What the model does not see: conflicts in shared memory, how many sectors narrow accesses take, L2's own
+bandwidth, and clocks that power lowers. It is to be compared with measurements, and is none.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from . import devices
+from .compiled import Lowered
+from .devices import Device
+from .launches import ACTIVATIONS
+from .shapes import Case
+from .traffic import BESIDE, floor_bytes
+
+COPY_SHARE = 0.9
+"""Part of the datasheet's bandwidth that a copy reaches: 3.0 of 3.35 TB/s on an H100, 4.3 of 4.8 on an
+H200, 7.1 of 8 on a GB300, as published with peers' kernels. Of an A100 assumed."""
+
+LAUNCH_NS = 2000
+"""What a launch adds to its work: until its programs start, and the next launch may (unmeasured)."""
+
+INSTRUCTION_CYCLES = 2
+"""From an instruction of a warp to its next: half of the latency of an addition, as if half of them
+waited for another's result (unmeasured)."""
+
+BARRIER_CYCLES = 30
+"""What the warps of a program wait for each other (unmeasured)."""
+
+L2_SHARE = 0.5
+"""Part of L2 in which what is read again is found: the rest holds what is written (unmeasured)."""
+
+SM_BYTES_A_CYCLE = 64
+"""What one SM takes from L2 at most, where few are busy (NVIDIA's A100 whitepaper)."""
+
+INPUTS = ("x", "dy")
+BOUNDS = ("bytes", "in flight", "issue", "launch", "tail")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the programs of a launch do, on average."""
+
+    programs: int
+    resident: int  # programs that an SM holds
+    nbytes: float  # of device memory that a program moves
+    read: float  # of these what it reads
+    waits: float  # nanoseconds that a program waits for loads, one after another, and computes
+    issue: float  # nanoseconds that the schedulers of an SM are busy with a program
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Nanoseconds by what they are due to, of BOUNDS."""
+
+    parts: dict[str, float]
+
+    @property
+    def ns(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def us(self) -> float:
+        return self.ns / 1e3
+
+    @property
+    def bound(self) -> str:
+        """What most of the time is due to."""
+        return max(self.parts, key=self.parts.get)
+
+
+def bandwidth(device: Device) -> float:
+    """Bytes a nanosecond that a kernel reaches at most: a copy's."""
+    return device.gbps * COPY_SHARE
+
+
+def copy_us(case: Case, device: Device) -> float:
+    """The time of a copy of the bytes that a case must move, in microseconds."""
+    return (LAUNCH_NS + floor_bytes(case) / bandwidth(device)) / 1e3
+
+
+def launch_time(work: Work, device: Device) -> Prediction:
+    """The time of one launch."""
+    sms = device.processors
+    slots = work.resident * sms
+    full, rest = divmod(work.programs, slots)
+
+    def wave(programs: int) -> dict[str, float]:
+        """The three bounds of so many programs at once."""
+        busy = min(programs, sms)
+        rate = min(bandwidth(device) / busy, SM_BYTES_A_CYCLE * device.clock)
+        return {
+            "bytes": programs * work.nbytes / bandwidth(device),
+            "in flight": work.waits + work.read / rate,
+            "issue": ceil(programs / sms) * work.issue,
+        }
+
+    parts = {"launch": float(LAUNCH_NS)}
+    bounds = wave(slots if full else rest)
+    bound = max(bounds, key=bounds.get)
+    if not full:
+        return Prediction(parts | {bound: bounds[bound]})
+    body = work.programs / slots * bounds[bound]
+    last = max(wave(rest).values()) if rest else 0.0
+    tail = {"tail": full * bounds[bound] + last - body} if rest else {}
+    return Prediction(parts | {bound: body} | tail)
+
+
+def waits(k: Lowered, device: Device) -> float:
+    """Nanoseconds of a program by itself: the loads of every region, those of an iteration together,
+    then its instructions and barriers."""
+    loads = 0.0
+    for region, times in zip(k.regions, k.executions, strict=True):
+        if region.loads:
+            far = any(name in ACTIVATIONS for name in region.loads)
+            loads += times * (device.dram_latency if far else device.l2_latency)
+    cycles = (k.program_instructions or 0) * INSTRUCTION_CYCLES + k.barriers * BARRIER_CYCLES
+    return loads + cycles / device.clock
+
+
+def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
+    """Bytes of device memory that a launch moves, and those of them that it reads. L2 serves what fits
+    in its share: partial results, what a program reads again while it lasts, and the inputs if they
+    are `held` since an earlier launch."""
+    share = L2_SHARE * device.l2_bytes
+    slots = k.resident * device.processors
+    moved = read = 0.0
+    for name, size in k.tensor_bytes.items():
+        if name in k.sweeps:
+            times = k.sweeps[name]
+            if times > 1 and size * min(slots / k.programs, 1) <= share:
+                times = 1.0
+            if held and name in INPUTS:
+                times = 0.0
+        else:
+            times = float(not name.endswith(BESIDE) or size > share)
+        moved += times * size
+        if any(name in region.loads for region in k.regions):
+            read += times * size
+    return moved, read
+
+
+def work_of(k: Lowered, device: Device, held: bool = False) -> Work:
+    """The work of a compiled launch on a device."""
+    moved, read = device_bytes(k, device, held)
+    cycles = (k.program_instructions or 0) * k.num_warps / devices.SCHEDULERS
+    return Work(
+        programs=k.programs,
+        resident=k.resident,
+        nbytes=moved / k.programs,
+        read=read / k.programs,
+        waits=waits(k, device),
+        issue=cycles / device.clock,
+    )
+
+
+def pass_time(launches: Sequence[Lowered], device: Device) -> Prediction:
+    """The time of the launches of a pass, one after another."""
+    parts, seen = Counter(), 0
+    for k in launches:
+        inputs = sum(k.tensor_bytes[name] for name in INPUTS if name in k.sweeps)
+        held = 0 < inputs <= seen and seen <= L2_SHARE * device.l2_bytes
+        parts.update(launch_time(work_of(k, device, held), device).parts)
+        seen = max(seen, inputs)
+    return Prediction(dict(parts))

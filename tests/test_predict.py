@@ -1,0 +1,342 @@
+"""The model of a launch's time on examples worked out by hand, the gates on kernels made up for them,
+and a few real kernels whose loops must add up to the bytes that the interpreter counts.
+
+Compilation runs in processes of its own, where kernels are not interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from dataclasses import replace
+
+import pytest
+
+from perf import devices, gates, lowering, model, predict
+from perf.assembly import Region
+from perf.compiled import TARGETS, Lowered
+from perf.devices import DEVICES, KB, Device, find, resident
+from perf.shapes import Case
+from perf.traffic import measure
+
+TOY = Device("toy", "toy", "sm_90", 10, 2.0, 1000 * KB, 228 * KB, 600, 200)
+"""10 SMs at 2 GHz; 1,000 bytes a nanosecond, of which a copy reaches 900."""
+
+H100 = find("H100")
+
+
+@pytest.fixture(autouse=True)
+def bandwidth_of_the_toy(monkeypatch):
+    monkeypatch.setitem(devices.DATASHEET_GBPS, "toy", 1000)
+
+
+def kernel(**changes):
+    """A forward pass over 8,192 rows of 4,096, one a program, that an SM holds 6 of."""
+    size = 8192 * 4096 * 2
+    fields = dict(
+        target="sm_90",
+        kernel="row_forward_resident",
+        operator="layer_norm",
+        direction="forward",
+        shape="8192x4096",
+        dtype="bf16",
+        layout="contiguous",
+        tiles=[(1, 4096)],
+        line=4096,
+        num_warps=8,
+        registers=40,
+        stack=0,
+        widths={"x": [16, 16], "y": [16, 16], "mean": [4]},
+        programs=8192,
+        tensor_bytes={"x": size, "y": size, "mean": 4 * 8192},
+        regions=[Region(loads={"x": 32}, stores={"y": 32, "mean": 4}, accesses=5, barriers=3)],
+        instructions=[272.0],
+    )
+    return Lowered(**(fields | changes))
+
+
+def walking(**changes):
+    """A backward pass of 1,024 programs, of 8 rows each."""
+    size = 8192 * 1024 * 2
+    loop = Region(
+        parent=0, loads={"x": 16, "dy": 16, "mean": 4}, stores={"dx": 16}, accesses=4, barriers=3
+    )
+    names = ("x", "dy", "dx")
+    fields = dict(
+        kernel="row_backward",
+        direction="backward",
+        shape="8192x1024",
+        tiles=[(1, 1024)],
+        num_warps=4,
+        widths={name: [16] for name in names},
+        programs=1024,
+        steps=8.0,
+        tensor_bytes={name: size for name in names},
+        regions=[Region(stores={"dweight_partial": 32}, barriers=4), loop],
+        instructions=[128.0, 200.0],
+    )
+    return kernel(**(fields | changes))
+
+
+# Devices
+
+
+@pytest.mark.parametrize(("name", "most"), [("A100", 0.18), ("H100", 0.17), ("B200", 0.08)])
+def test_issue_budgets_are_those_of_the_gates(name, most):
+    assert gates.ISSUE_SHARE * find(name).issue_budget == pytest.approx(most, abs=0.005)
+
+
+def test_every_device_has_a_target_a_name_and_a_bandwidth():
+    assert {device.target for device in DEVICES} == set(TARGETS) == set(gates.IN_FLIGHT)
+    for device in DEVICES:
+        assert find(device.name) is find(device.short) is device
+        assert device.gbps == devices.DATASHEET_GBPS[device.name]
+    assert find("NVIDIA H100 PCIe") is None
+    assert H100.capability == (9, 0)
+    assert find("B200").capability == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "blocks"),
+    [
+        (64, 4, 0, 8),  # registers: 65,536 / (64 * 128)
+        (41, 8, 0, 5),  # 41 are given as 48: 65,536 / (48 * 256)
+        (16, 8, 0, 8),  # 64 warps
+        (16, 1, 0, 32),  # 32 blocks
+        (32, 1, 75 * KB, 3),  # 228 KB of shared memory, 76 a block with the system's
+    ],
+)
+def test_resident_blocks(registers, warps, shared, blocks):
+    assert resident(registers, warps, shared, 228 * KB) == blocks
+
+
+# The model
+
+
+@pytest.mark.parametrize(
+    ("work", "parts"),
+    [
+        # 40 programs at once, 9,000 bytes each, at 900 a nanosecond.
+        (model.Work(40, 4, 9000, 4500, 10, 1), {"bytes": 400}),
+        # A program waits 1,000 ns, then reads 450 bytes at its SM's share of 90.
+        (model.Work(40, 4, 900, 450, 1000, 50), {"in flight": 1005}),
+        # 4 programs an SM, one after another at its schedulers.
+        (model.Work(40, 4, 900, 450, 10, 50), {"issue": 200}),
+        # 5 programs on 10 SMs: each takes 64 bytes a cycle at most, 128 a nanosecond.
+        (model.Work(5, 4, 6400, 6400, 10, 1), {"in flight": 60}),
+        # 15 programs: some SMs have two of them.
+        (model.Work(15, 4, 0, 0, 10, 50), {"issue": 100}),
+        # A second wave of a quarter as many takes as long.
+        (model.Work(50, 4, 900, 450, 1000, 50), {"in flight": 1256.25, "tail": 753.75}),
+        # Bound by bytes, one of a tenth takes little more than a tenth: 10 + 4,500 / 128 for 40.
+        (model.Work(44, 4, 9000, 4500, 10, 1), {"bytes": 440, "tail": 5.15625}),
+        (model.Work(1, 1, 0, 0, 0, 0), {"bytes": 0}),
+    ],
+)
+def test_the_time_of_a_launch(work, parts):
+    found = model.launch_time(work, TOY)
+    assert found.parts == pytest.approx({"launch": model.LAUNCH_NS} | parts)
+    assert found.us == pytest.approx((model.LAUNCH_NS + sum(parts.values())) / 1e3)
+    assert set(found.parts) <= set(model.BOUNDS)
+
+
+def test_a_pass_is_bound_by_what_most_of_its_time_is_due_to():
+    assert model.Prediction({"launch": 2000, "bytes": 1500, "tail": 300}).bound == "launch"
+    assert model.Prediction({"launch": 2000, "issue": 9000, "tail": 300}).bound == "issue"
+    two = model.pass_time([kernel(), kernel()], H100)
+    one = model.pass_time([kernel()], H100)
+    assert two.ns == pytest.approx(2 * one.ns)
+    assert one.bound == "bytes"
+
+
+def test_work_is_read_off_the_kernel():
+    """One load of x and 3 barriers; 272 instructions of each of 8 warps at 4 schedulers."""
+    k = kernel()
+    assert k.resident == 6
+    work = model.work_of(k, TOY)
+    assert work.nbytes == pytest.approx(2 * 8192 + 4)
+    assert work.read == pytest.approx(8192)
+    assert work.issue == pytest.approx(272 * 8 / 4 / 2)
+    alone = 272 * model.INSTRUCTION_CYCLES + 3 * model.BARRIER_CYCLES
+    assert work.waits == pytest.approx(600 + alone / 2)
+    assert k.instructions_per_byte == pytest.approx(272 * 8 / (2 * 8192))
+    assert replace(k, instructions=None).instructions_per_byte is None
+
+
+def test_a_program_waits_in_every_step_of_its_loops():
+    k = walking()
+    assert k.executions == [1, 8]
+    assert k.program_instructions == 128 + 8 * 200
+    assert k.barriers == 4 + 8 * 3
+    alone = k.program_instructions * model.INSTRUCTION_CYCLES + k.barriers * model.BARRIER_CYCLES
+    assert model.waits(k, TOY) == pytest.approx(8 * 600 + alone / 2)
+
+
+def test_an_unrolled_loop_runs_less_often():
+    k = walking()
+    twice = replace(k.regions[1], loads={"x": 32, "dy": 32}, stores={"dx": 32})
+    assert replace(k, regions=[k.regions[0], twice]).executions == [1, 4]
+
+
+def test_loops_around_and_folds():
+    """A loop without accesses of its own runs as what is within it; a fold as there are tiles of pieces,
+    which come from L2."""
+    around, within = Region(parent=0), Region(parent=1, loads={"dweight_partial": 4})
+    k = walking(regions=[Region(), around, within], fold_steps=3.0, widths={}, tensor_bytes={})
+    assert k.executions == [1, 3, 3]
+    quiet = replace(k, instructions=None)
+    assert model.waits(quiet, TOY) == pytest.approx(3 * 200)
+
+
+def test_what_is_read_twice():
+    """In two loops x is read twice, unless L2 holds the rows that are under way: 60 of 8 KB, here."""
+    loops = [Region(parent=0, loads={"x": 32}), Region(parent=0, loads={"x": 32}, stores={"y": 32})]
+    k = kernel(regions=[Region(), *loops], instructions=[10.0, 100.0, 100.0])
+    assert k.sweeps == {"x": 2, "y": 1}
+    size = k.tensor_bytes["x"]
+    large = replace(TOY, l2_bytes=2 * 60 * 8 * KB)
+    assert model.device_bytes(k, large, held=False) == (2 * size + 32768, size)
+    small = replace(TOY, l2_bytes=2 * 59 * 8 * KB)
+    assert model.device_bytes(k, small, held=False) == (3 * size + 32768, 2 * size)
+
+
+def test_partial_results_stay_in_l2_as_far_as_they_fit():
+    k = walking(tensor_bytes={"dweight_partial": 400 * KB})
+    assert model.device_bytes(k, TOY, held=False)[0] == 0
+    assert model.device_bytes(k, replace(TOY, l2_bytes=799 * KB), held=False)[0] == 400 * KB
+
+
+def test_a_small_tensor_is_read_once_by_several_launches():
+    small = walking(tensor_bytes={name: 100 * KB for name in ("x", "dy", "dx")})
+    nbytes = [model.work_of(small, TOY, held).nbytes * small.programs for held in (False, True)]
+    assert nbytes == [300 * KB, 100 * KB]
+    once, twice = model.pass_time([small], TOY), model.pass_time([small] * 2, TOY)
+    assert twice.ns <= 2 * once.ns
+    large = walking()
+    assert model.pass_time([large] * 2, TOY).ns == pytest.approx(2 * model.pass_time([large], TOY).ns)
+
+
+# The gates
+
+
+def of(gate_list, *held):
+    return {miss.gate.name: miss for miss in gates.missed(gate_list, *held)}
+
+
+def test_gates_of_kernels():
+    assert of(gates.OF_KERNELS, kernel()) == {}
+    many = of(gates.OF_KERNELS, kernel(registers=97))["4 registers"]
+    assert many.fails
+    assert many.line("here") == "missed: gate 4 registers, here: 97 registers, more than 96"
+    assert "4 registers" not in of(gates.OF_KERNELS, walking(registers=128))
+    assert of(gates.OF_KERNELS, walking(registers=129))["4 registers"].fails
+    few = of(gates.OF_KERNELS, kernel(registers=250))["5 bytes in flight"]
+    assert few.how == "8 KB in flight, less than 32"
+    assert not few.fails
+    loop = replace(walking().regions[1], divisions=1)
+    assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
+    assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}
+
+
+def test_what_is_exempt_is_named_and_does_not_fail():
+    wide = of(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))["4 registers"]
+    assert not wide.fails
+    assert wide.line("here").endswith("198 registers, more than 96 (exempt: a float64 takes two)")
+    loop = replace(walking().regions[1], divisions=1)
+    strided = walking(regions=[Region(), loop], layout="strided")
+    assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails
+    assert {name for name, _, _ in gates.EXEMPT} <= {gate.name for gate in gates.OF_KERNELS}
+
+
+@pytest.mark.parametrize(
+    ("k", "missed"),
+    [
+        (kernel(), {}),
+        (kernel(instructions=[400.0]), {"6 issue rate": "0.195 instructions a byte, more than 0.173"}),
+        (kernel(regions=[Region(barriers=4)]), {"7 barriers": "4 barriers a row, more than 3"}),
+        (
+            kernel(operator="rms_norm", regions=[Region(barriers=2)]),
+            {"7 barriers": "2 barriers a row, more than 1"},
+        ),
+        (kernel(regions=[Region(barriers=7)], tiles=[(2, 4096)], registers=20), {}),  # of two rows
+        (walking(programs=1024), {}),  # one wave, and 3.5 barriers a row with those of its end
+        (walking(programs=1600, steps=4.0), {"9 grid": "1.01 waves"}),
+        (walking(programs=131, steps=62.5), {"9 grid": "0.08 waves"}),
+        (
+            walking(programs=1600, steps=4.0, cooperative=True),
+            {"9 grid": "a cooperative grid of 1600, of which 1584 can run"},
+        ),
+        (walking(programs=1584, steps=4.0, cooperative=True), {}),
+    ],
+)
+def test_gates_of_launches(k, missed):
+    found = {name: miss.how for name, miss in of(gates.OF_LAUNCHES, k, H100).items()}
+    assert found == missed
+
+
+@pytest.mark.parametrize(
+    ("k", "status"), [(kernel(), 0), (kernel(registers=97), 1), (kernel(stack=8), 1)]
+)
+def test_the_gate_of_the_command(k, status, monkeypatch, capsys):
+    case = Case("layer_norm", "forward", (8192, 4096), "bf16")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(lowering, "lower", lambda *_: [[k]])
+    monkeypatch.setattr(predict, "lower", lambda *_, **__: [[kernel(instructions=[400.0])]])
+    monkeypatch.setattr(predict, "quick_cases", lambda brief: [case])
+    arguments = ["--target", "sm_90", "--gate"]
+    parser = ArgumentParser()
+    lowering.add_arguments(parser)
+    assert lowering.run(parser.parse_args(arguments)) == status
+    output = capsys.readouterr().out
+    assert "predicted by a model from the compiled kernels, not measured" in output
+    assert "H100 layer_norm forward: at worst" in output
+    assert "H200 layer_norm forward: at worst" in output
+    assert "missed: gate 6 issue rate, H100 layer_norm forward 8192x4096 bf16" in output
+    assert "gate 6 issue rate: 2 missed, 0 fail" in output
+
+
+# Real kernels
+
+COUNTED = [
+    Case("layer_norm", "forward", (2, 65536), "bf16"),  # looped, and once more its first chunk
+    Case("rms_norm", "backward", (2, 16384), "bf16"),  # split
+    Case("group_norm", "forward", (1, 10, 64, 64), "bf16", "contiguous", 2),  # in pieces
+    Case("instance_norm", "backward", (2, 8, 4, 4), "bf16", "channels_last"),  # resident
+]
+
+READ = """
+import json
+from dataclasses import asdict
+from perf.compiled import lower
+from tests.test_predict import COUNTED
+found = lower("sm_90", [(case, None) for case in COUNTED], instructions=True)
+print(json.dumps([[(k.sweeps, k.program_instructions) for k in launches] for launches in found]))
+"""
+
+
+def test_loops_add_up_to_the_bytes_that_are_moved():
+    """Reading the loops of PTX, and counting in the interpreter, find the same traffic; and SASS has the
+    same loops."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([".", "tests", environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", READ]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    for case, launches in zip(COUNTED, json.loads(done.stdout), strict=True):
+        moved = {}
+        for sweeps, instructions in launches:
+            if sweeps:
+                assert instructions > 20
+            for name, times in sweeps.items():
+                moved[name] = moved.get(name, 0) + times
+        assert moved == pytest.approx(measure(case).activations, rel=0.005), case.label
+
+
+def test_predictions_come_from_processes_of_their_own(capsys, monkeypatch):
+    case = Case("rms_norm", "forward", (8192, 4096), "bf16")
+    ((us, bound),) = predict.in_own_process([case], H100).values()
+    assert bound == "bytes"
+    assert us == pytest.approx(model.copy_us(case, H100), rel=0.05)
+    monkeypatch.setattr(sys, "executable", "false")  # which fails
+    assert predict.in_own_process([case, case], H100) == {}
+    assert "no prediction of 1 cases" in capsys.readouterr().err
