@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass
 
+from tritonnorm.heuristics.common import DeviceFacts
+
 DATASHEET_GBPS = {
     "NVIDIA A10": 600,
     "NVIDIA A10G": 600,
@@ -64,9 +66,10 @@ class Device:
         return DATASHEET_GBPS[self.name]
 
     @property
-    def capability(self) -> tuple[int, int]:
-        major, minor = divmod(int(self.target.removeprefix("sm_")), 10)
-        return major, minor
+    def facts(self) -> DeviceFacts:
+        """What launch choices may know of it."""
+        capability = divmod(int(self.target.removeprefix("sm_")), 10)
+        return DeviceFacts(capability, self.processors, self.l2_bytes)
 
     @property
     def issue_rate(self) -> float:

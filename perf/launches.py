@@ -16,6 +16,9 @@ ACTIVATIONS = ("x", "y", "dy", "dx")
 EPS = 1e-5
 
 
+LAUNCHING = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
+"""The modules that make launches."""
+
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -44,8 +47,7 @@ def observe(observer):
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
     kinds = (KernelInterface, _Observed)
-    modules = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
-    kernels = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, kinds)]
+    kernels = [(m, name, f) for m in LAUNCHING for name, f in vars(m).items() if isinstance(f, kinds)]
     for module, name, kernel in kernels:
         setattr(module, name, _Observed(kernel, observer))
     try:
@@ -150,16 +152,30 @@ def _run_weights(case: Case, shapes) -> None:
 
 
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
-    teams, pieces = heuristics.teams, launch.pieces
-    saved = teams.TEAM_CAPABILITIES, pieces.device_facts
-    teams.TEAM_CAPABILITIES, pieces.device_facts = {facts.capability}, lambda device: facts
+def on_device(facts: heuristics.common.DeviceFacts):
+    """While open, launches are chosen for a device of these facts, wherever tensors are."""
+    modules = [module for module in LAUNCHING if hasattr(module, "device_facts")]
+    saved = [module.device_facts for module in modules]
+    for module in modules:
+        module.device_facts = lambda device: facts
     try:
         yield
     finally:
-        teams.TEAM_CAPABILITIES, pieces.device_facts = saved
+        for module, function in zip(modules, saved, strict=True):
+            module.device_facts = function
+
+
+@contextmanager
+def teams():
+    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
+    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+    saved = heuristics.teams.TEAM_CAPABILITIES
+    heuristics.teams.TEAM_CAPABILITIES = {facts.capability}
+    try:
+        with on_device(facts):
+            yield
+    finally:
+        heuristics.teams.TEAM_CAPABILITIES = saved
 
 
 def run(case: Case, variant: str | None = None) -> None:

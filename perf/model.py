@@ -63,9 +63,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Nanoseconds by what they are due to, of BOUNDS."""
+    """Nanoseconds by what they are due to, of BOUNDS; and what bytes, bytes in flight and issue rate would
+    take alone, without a tail."""
 
     parts: dict[str, float]
+    alone: dict[str, float]
 
     @property
     def ns(self) -> float:
@@ -109,13 +111,13 @@ def launch_time(work: Work, device: Device) -> Prediction:
 
     parts = {"launch": float(LAUNCH_NS)}
     bounds = wave(slots if full else rest)
+    waves = work.programs / slots if full else 1.0
+    alone = {bound: waves * ns for bound, ns in bounds.items()}
     bound = max(bounds, key=bounds.get)
-    if not full:
-        return Prediction(parts | {bound: bounds[bound]})
-    body = work.programs / slots * bounds[bound]
-    last = max(wave(rest).values()) if rest else 0.0
-    tail = {"tail": full * bounds[bound] + last - body} if rest else {}
-    return Prediction(parts | {bound: body} | tail)
+    parts[bound] = alone[bound]
+    if full and rest:
+        parts["tail"] = full * bounds[bound] + max(wave(rest).values()) - alone[bound]
+    return Prediction(parts, alone)
 
 
 def waits(k: Lowered, device: Device) -> float:
@@ -168,10 +170,12 @@ def work_of(k: Lowered, device: Device, held: bool = False) -> Work:
 
 def pass_time(launches: Sequence[Lowered], device: Device) -> Prediction:
     """The time of the launches of a pass, one after another."""
-    parts, seen = Counter(), 0
+    parts, alone, seen = Counter(), Counter(), 0
     for k in launches:
         inputs = sum(k.tensor_bytes[name] for name in INPUTS if name in k.sweeps)
         held = 0 < inputs <= seen and seen <= L2_SHARE * device.l2_bytes
-        parts.update(launch_time(work_of(k, device, held), device).parts)
+        found = launch_time(work_of(k, device, held), device)
+        parts.update(found.parts)
+        alone.update(found.alone)
         seen = max(seen, inputs)
-    return Prediction(dict(parts))
+    return Prediction(dict(parts), dict(alone))

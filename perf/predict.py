@@ -17,6 +17,7 @@ from pathlib import Path
 from . import devices, gates, machine, model
 from .compiled import Lowered, lower
 from .devices import DEVICES, Device
+from .launches import on_device
 from .shapes import DTYPES, OPERATORS, PASSES, QUICK_SETS, Case, make_cases, parse_shapes
 from .table import Table, case_fields, read_case
 from .traffic import floor_bytes
@@ -62,27 +63,33 @@ class Predicted:
 
 def predict(cases: list[Case], target: str, some_devices: list[Device]) -> list[Predicted]:
     """What the cases take on devices of a target, in a process that will run no kernel."""
-    lowered = lower(target, [(case, None) for case in cases], instructions=True)
+    chosen, lowered = [(case, None) for case in cases], {}
+    for device in some_devices:
+        if device.facts not in lowered:
+            with on_device(device.facts):
+                lowered[device.facts] = lower(target, chosen, instructions=True)
     return [
         Predicted(case, device, launches, model.pass_time(launches, device))
         for device in some_devices
-        for case, launches in zip(cases, lowered, strict=True)
+        for case, launches in zip(cases, lowered[device.facts], strict=True)
     ]
 
 
 def table(found: list[Predicted]) -> str:
-    """One line a case and a device; instr/B of each launch that moves activations."""
+    """One line a case and a device: the time and what most of it is due to; what bytes, bytes in flight
+    and issue rate would take alone, in us; and instr/B of each launch that moves activations."""
     lines = [
         f"{'GPU':<5} {'operator':<16} {'pass':<8} {'dtype':<5} {'shape':>16} {'layout':<13} {'us':>8} "
-        f"{'GB/s':>5} {'of copy':>7} {'bound':<9} instr/B"
+        f"{'GB/s':>5} {'of copy':>7} {'bound':<9} {'bytes':>7} {'flight':>7} {'issue':>7} instr/B"
     ]
     for p in found:
         case = p.case
+        alone = " ".join(f"{p.prediction.alone[bound] / 1e3:>7.1f}" for bound in model.BOUNDS[:3])
         counts = [k.instructions_per_byte for k in p.launches]
         lines.append(
             f"{p.device.short:<5} {case.operator:<16} {case.direction:<8} {case.dtype:<5} "
             f"{case.name:>16} {case.layout:<13} {p.us:>8.1f} {p.gbps:>5.0f} {p.of_copy:>7.0%} "
-            f"{p.prediction.bound:<9} {' '.join(f'{count:.3f}' for count in counts if count)}"
+            f"{p.prediction.bound:<9} {alone} {' '.join(f'{count:.3f}' for count in counts if count)}"
         )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ and a few real kernels whose loops must add up to the bytes that the interpreter
 Compilation runs in processes of its own, where kernels are not interpreted.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -13,12 +14,13 @@ from dataclasses import replace
 
 import pytest
 
-from perf import devices, gates, lowering, model, predict
+from perf import devices, gates, launches, lowering, model, predict, roofline
 from perf.assembly import Region
 from perf.compiled import TARGETS, Lowered
 from perf.devices import DEVICES, KB, Device, find, resident
 from perf.shapes import Case
 from perf.traffic import measure
+from tritonnorm import launch
 
 TOY = Device("toy", "toy", "sm_90", 10, 2.0, 1000 * KB, 228 * KB, 600, 200)
 """10 SMs at 2 GHz; 1,000 bytes a nanosecond, of which a copy reaches 900."""
@@ -93,8 +95,8 @@ def test_every_device_has_a_target_a_name_and_a_bandwidth():
         assert find(device.name) is find(device.short) is device
         assert device.gbps == devices.DATASHEET_GBPS[device.name]
     assert find("NVIDIA H100 PCIe") is None
-    assert H100.capability == (9, 0)
-    assert find("B200").capability == (10, 0)
+    assert H100.facts.capability == (9, 0)
+    assert find("B200").facts.capability == (10, 0)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,15 @@ def test_the_time_of_a_launch(work, parts):
     assert set(found.parts) <= set(model.BOUNDS)
 
 
+def test_what_each_bound_takes_alone():
+    """Without launch and tail, of 1.25 waves."""
+    found = model.launch_time(model.Work(50, 4, 9000, 4500, 1000, 50), TOY)
+    assert found.alone == pytest.approx({"bytes": 500, "in flight": 1312.5, "issue": 250})
+
+
 def test_a_pass_is_bound_by_what_most_of_its_time_is_due_to():
-    assert model.Prediction({"launch": 2000, "bytes": 1500, "tail": 300}).bound == "launch"
-    assert model.Prediction({"launch": 2000, "issue": 9000, "tail": 300}).bound == "issue"
+    assert model.Prediction({"launch": 2000, "bytes": 1500, "tail": 300}, {}).bound == "launch"
+    assert model.Prediction({"launch": 2000, "issue": 9000, "tail": 300}, {}).bound == "issue"
     two = model.pass_time([kernel(), kernel()], H100)
     one = model.pass_time([kernel()], H100)
     assert two.ns == pytest.approx(2 * one.ns)
@@ -296,6 +304,41 @@ def test_the_gate_of_the_command(k, status, monkeypatch, capsys):
     assert "gate 6 issue rate: 2 missed, 0 fail" in output
 
 
+def test_a_csv_of_predictions_has_no_measurement(tmp_path, monkeypatch):
+    case = Case("layer_norm", "forward", (8192, 4096), "bf16")
+    monkeypatch.setattr(predict, "lower", lambda *_, **__: [[kernel()]])
+    found = predict.predict([case], "sm_90", [H100])
+    path = tmp_path / "predicted.csv"
+    predict.write(path, found, "python -m perf predict")
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["provider"], row["status"], row["device"]) == ("tritonnorm", "predicted", H100.name)
+    assert row["median_us"] == row["gbps"] == row["driver_version"] == ""
+    assert float(row["predicted_us"]) == pytest.approx(found[0].us, abs=1e-3)
+    assert row["bound"] == "bytes"
+    (drawn,) = roofline.read(path)
+    assert float(drawn["gbps"]) == pytest.approx(found[0].gbps, rel=1e-3)
+
+
+def test_launches_are_chosen_for_the_device():
+    """Not for the one that tensors are on: teams, where one had measured them to be faster."""
+    before = launch.pieces.device_facts
+    with launches.on_device(H100.facts):
+        assert launch.pieces.device_facts(None) == H100.facts
+    assert launch.pieces.device_facts is before
+
+
+def test_predict_refuses_the_interpreter_and_unknown_shapes(monkeypatch, capsys):
+    parser = ArgumentParser()
+    predict.add_arguments(parser)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert predict.run(parser.parse_args([])) == 2
+    assert "the interpreter compiles nothing" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert predict.run(parser.parse_args(["--shapes", "large"])) == 2
+    assert "'large' is neither a set" in capsys.readouterr().err
+
+
 # Real kernels
 
 COUNTED = [
@@ -322,9 +365,9 @@ def test_loops_add_up_to_the_bytes_that_are_moved():
     environment["PYTHONPATH"] = os.pathsep.join([".", "tests", environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", READ]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    for case, launches in zip(COUNTED, json.loads(done.stdout), strict=True):
+    for case, passes in zip(COUNTED, json.loads(done.stdout), strict=True):
         moved = {}
-        for sweeps, instructions in launches:
+        for sweeps, instructions in passes:
             if sweeps:
                 assert instructions > 20
             for name, times in sweeps.items():
