@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from . import devices, machine
-from .predict import in_own_process
+from .predictions import in_own_process, unexpected
 from .providers import LOADERS, Provider, describe, load, make_call, make_copy, make_inputs, max_error
 from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, make_cases, parse_shapes
-from .table import Table, case_fields, summary, unexpected
+from .table import Table, case_fields, summary
 from .timer import DeviceTimer, Timing
 from .traffic import floor_bytes
 
@@ -143,7 +143,7 @@ def measure(
     cases, providers, timer: Timer, device, table: Table, seconds: float, predictions=None
 ) -> None:
     """Measures what the table lacks of these cases; starts no case after so many seconds. `predictions`
-    are those of `predict.in_own_process`."""
+    are those of `in_own_process`."""
     predictions = predictions or {}
     end = time.monotonic() + seconds
     progress = Progress(

@@ -63,8 +63,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Nanoseconds by what they are due to, of BOUNDS; and what bytes, bytes in flight and issue rate would
-    take alone, without a tail."""
+    """Nanoseconds by what they are due to, of BOUNDS; and what bytes, bytes in flight and issue rate
+    would take alone, without a tail."""
 
     parts: dict[str, float]
     alone: dict[str, float]

@@ -6,12 +6,9 @@ Kernels are compiled as they would be launched, for tensors of any size, and not
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from . import devices, gates, machine, model
@@ -23,9 +20,6 @@ from .table import Table, case_fields, read_case
 from .traffic import floor_bytes
 
 USAGE_STATUS = 2  # argparse's
-
-MAX_PROCESSES = 8
-"""That compile side by side: each has a disassembler of its own."""
 
 
 @dataclass(frozen=True)
@@ -112,41 +106,6 @@ def quick_cases(brief: bool = False) -> list[Case]:
     sets = QUICK_SETS[:1] if brief else QUICK_SETS
     operators = ("layer_norm", "rms_norm") if brief else list(OPERATORS)
     return make_cases(operators, PASSES, ["bf16"], parse_shapes(sets))
-
-
-def in_own_process(
-    cases: list[Case], device: Device, seconds: float = inf
-) -> dict[Case, tuple[float, str]]:
-    """Microseconds and bound of each case, from processes of their own that do not see the GPU: nothing
-    stays behind that a measurement could notice. Cases whose process fails, or takes longer than so many
-    seconds, are left out."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "perf", "predict", "--device", device.name, "--json"]
-
-    def ask(some: list[Case]) -> list[tuple[Case, tuple[float, str]]]:
-        try:
-            done = subprocess.run(
-                command,
-                input=json.dumps([case_fields(case) for case in some]),
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=machine.ROOT,
-                env=environment,
-                timeout=None if seconds == inf else seconds,
-            )
-            times = json.loads(done.stdout.splitlines()[-1])
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()
-            print(f"no prediction of {len(some)} cases: {said.splitlines()[-1]}", file=sys.stderr)
-            return []
-        return [(case, (us, bound)) for case, (us, bound) in zip(some, times, strict=True)]
-
-    processes = min(os.cpu_count() or 1, MAX_PROCESSES)
-    shares = [cases[i::processes] for i in range(processes)]
-    with ThreadPoolExecutor(processes) as pool:
-        return dict(pair for pairs in pool.map(ask, filter(None, shares)) for pair in pairs)
 
 
 def write(path: Path, found: list[Predicted], command: str) -> None:

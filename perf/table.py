@@ -38,9 +38,6 @@ RUN_FIELDS = (
 )
 FIELDS = CASE_FIELDS + RESULT_FIELDS + RUN_FIELDS
 
-EXPECTED = 0.1
-"""Part of a predicted time that a measured one may differ by before a reason is looked for."""
-
 FASTER = 0.98
 """A peer is faster if it takes less than this part of our time; below that is noise."""
 
@@ -108,26 +105,6 @@ class Table:
         self._rows[self._key(row)] = row
         self._writer.writerow(row)
         self._file.flush()
-
-
-def unexpected(rows) -> str:
-    """The cases that took another time than was predicted, worst first. What is behind each belongs,
-    with the measurement, beside the number in heuristics that it concerns."""
-    ratios = [
-        (float(row["median_us"]) / float(row["predicted_us"]), row)
-        for row in rows
-        if row["status"] == "ok" and row.get("predicted_us")
-    ]
-    if not ratios:
-        return "no prediction to compare with"
-    off = [(ratio, row) for ratio, row in ratios if abs(ratio - 1) > EXPECTED]
-    lines = [
-        f"  {read_case(row).label}: {ratio:.0%} of the prediction, {row['median_us']} us and not "
-        f"{row['predicted_us']}, bound by {row['bound']}"
-        for ratio, row in sorted(off, key=lambda pair: max(pair[0], 1 / pair[0]), reverse=True)
-    ]
-    head = f"{len(off)} of {len(ratios)} predictions are off by more than {EXPECTED:.0%}"
-    return "\n".join([head + (":" if lines else ""), *lines])
 
 
 def summary(rows) -> str:

@@ -12,6 +12,7 @@ from guard import guarded
 
 from perf import __main__ as perf_main
 from perf import bench, gpu, launches, machine, providers, roofline, shapes
+from perf.predictions import unexpected
 from perf.providers import Provider, operators_of_torch, weight_operators
 from perf.shapes import (
     BATCH_OPERATORS,
@@ -27,7 +28,7 @@ from perf.shapes import (
     ShapeSet,
     parse_shapes,
 )
-from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary, unexpected
+from perf.table import CASE_FIELDS, FIELDS, Table, case_fields, read_case, summary
 from perf.timer import DeviceTimer, Timing
 from perf.traffic import floor_bytes, tensor_bytes
 from tritonnorm import heuristics
@@ -532,6 +533,22 @@ def test_bench_writes_predictions_beside_our_measurements_alone(tmp_path):
         ("", ""),
     ]
     assert not any(row["predicted_us"] for row in rows if row["shape"] == "8x32")
+
+
+def test_what_is_measured_already_is_not_predicted_again(tmp_path, monkeypatch):
+    """Nor where there is no model of the GPU, nor without tritonnorm among the providers."""
+    asked = []
+    monkeypatch.setattr(bench, "in_own_process", lambda cases, *_: asked.append(cases) or {})
+    ours = Provider("tritonnorm", "0.1.0", {"rms_norm": raising})
+    done, lacking = cases = [Case("rms_norm", "forward", (8, n), "fp32") for n in (16, 32)]
+    table = Table(tmp_path / "bench.csv", RUN, resume=False)
+    table.add(**case_fields(done), provider="tritonnorm", status="ok")
+    bench._predictions(cases, [ours], table, "NVIDIA H200", 100.0)
+    assert asked == [[lacking]]
+    assert bench._predictions(cases, [ours], table, "NVIDIA L4", 100.0) == {}
+    assert bench._predictions(cases, [], table, "NVIDIA H200", 100.0) == {}
+    assert bench._predictions([done], [ours], table, "NVIDIA H200", 100.0) == {}
+    assert asked == [[lacking]]
 
 
 def test_unexpected_times_are_named_worst_first():

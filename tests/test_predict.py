@@ -18,6 +18,7 @@ from perf import devices, gates, launches, lowering, model, predict, roofline
 from perf.assembly import Region
 from perf.compiled import TARGETS, Lowered
 from perf.devices import DEVICES, KB, Device, find, resident
+from perf.predictions import in_own_process
 from perf.shapes import Case
 from perf.traffic import measure
 from tritonnorm import launch
@@ -377,9 +378,9 @@ def test_loops_add_up_to_the_bytes_that_are_moved():
 
 def test_predictions_come_from_processes_of_their_own(capsys, monkeypatch):
     case = Case("rms_norm", "forward", (8192, 4096), "bf16")
-    ((us, bound),) = predict.in_own_process([case], H100).values()
+    ((us, bound),) = in_own_process([case], H100).values()
     assert bound == "bytes"
     assert us == pytest.approx(model.copy_us(case, H100), rel=0.05)
     monkeypatch.setattr(sys, "executable", "false")  # which fails
-    assert predict.in_own_process([case, case], H100) == {}
+    assert in_own_process([case, case], H100) == {}
     assert "no prediction of 1 cases" in capsys.readouterr().err
