@@ -3,12 +3,12 @@
 from contextlib import contextmanager, nullcontext
 
 import torch
-from triton.runtime.jit import KernelInterface
 
 from tritonnorm import heuristics, launch
 from tritonnorm.dtypes import compute_dtype
 from tritonnorm.formulas import RowOptions
 from tritonnorm.launch import Running
+from tritonnorm.launch.common import forget_plans
 
 from .shapes import DTYPES, OPERATORS, Case
 
@@ -43,16 +43,16 @@ def observe(observer):
 
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
-    kinds = (KernelInterface, _Observed)
-    modules = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
-    kernels = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, kinds)]
-    for module, name, kernel in kernels:
-        setattr(module, name, _Observed(kernel, observer))
+    kernels = [(launched, launched.kernel) for launched in launch.common.Kernel.every]
+    forget_plans()  # what was recorded calls compiled kernels
+    for launched, kernel in kernels:
+        launched.kernel = _Observed(kernel, observer)
     try:
         yield
     finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
+        for launched, kernel in kernels:
+            launched.kernel = kernel
+        forget_plans()
 
 
 def tensors(arguments):

@@ -420,10 +420,10 @@ def test_resident_and_in_pieces_agree(over, memory_format, device, monkeypatch):
     x = in_format(torch.randn(2, 8, 12, 11, device=device), memory_format)
     weight, bias = torch.randn(2, 8, device=device)
     groups = 8 if over == "batch" else 4
-    resident = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
+    resident = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype, key=over)
     monkeypatch.setattr(channel_choices, "group_forward", lambda *_: None)
     forget_plans()
-    in_pieces = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype)
+    in_pieces = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype, key=over)
     torch.testing.assert_close(resident, in_pieces, rtol=0, atol=1e-6)
 
 

@@ -12,11 +12,16 @@ from .watch import is_functional, is_transformed
 
 try:
     from .autograd import normalize_channels, normalize_rows, normalize_weights
+    from .calls import prepared
     from .launch import Running
 except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
     if error.name != "triton":
         raise
     Running = normalize_channels = normalize_rows = normalize_weights = None
+
+    def prepared(*_):
+        """No call is."""
+
 
 __all__ = [
     "Running",
@@ -31,6 +36,7 @@ __all__ = [
     "normalize_channels",
     "normalize_rows",
     "normalize_weights",
+    "prepared",
     "result_dtype",
     "takes_kernel",
     "with_torch",

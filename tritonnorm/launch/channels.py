@@ -13,12 +13,16 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.channel import channel_gradient_sums
-from ..kernels.group import group_backward, group_forward
+from ..kernels import channel as channel_kernels
+from ..kernels import group as group_kernels
 from ..views import channel_view, common_alignment
 from . import pieces
-from .common import fold_parameters, on_device, parameter_partials, planned
+from .common import Kernel, fold_parameters, is_written, on_device, parameter_partials, planned
 from .pieces import Sets
+
+channel_gradient_sums = Kernel(channel_kernels.channel_gradient_sums)
+group_backward = Kernel(group_kernels.group_backward)
+group_forward = Kernel(group_kernels.group_forward)
 
 
 def _dense_format(x):
@@ -111,10 +115,10 @@ class _Running:
         )
 
     def moved(self):
-        """A kernel has written to them: autograd must know, as of any change in place."""
+        """A kernel has written to them."""
         for given, moved in zip(self.given, (self.mean, self.var), strict=True):
             if given is not None and given is moved:
-                torch.autograd.graph.increment_version(given)
+                is_written(given)
             elif given is not None:
                 given.copy_(moved)
 

@@ -9,16 +9,20 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.channel import (
-    channel_gradient_sums,
-    channel_input_gradient,
-    channel_moments,
-    channel_normalize,
-)
-from ..kernels.fold import fold_gradient_means, fold_moments
-from ..kernels.team import team_backward, team_forward
+from ..kernels import channel as channel_kernels
+from ..kernels import fold as fold_kernels
+from ..kernels import team as team_kernels
 from ..views import ChannelView
-from .common import FP_FUSION, device_facts, parameter_partials, planned
+from .common import FP_FUSION, Kernel, device_facts, parameter_partials, planned
+
+channel_gradient_sums = Kernel(channel_kernels.channel_gradient_sums)
+channel_input_gradient = Kernel(channel_kernels.channel_input_gradient)
+channel_moments = Kernel(channel_kernels.channel_moments)
+channel_normalize = Kernel(channel_kernels.channel_normalize)
+fold_gradient_means = Kernel(fold_kernels.fold_gradient_means)
+fold_moments = Kernel(fold_kernels.fold_moments)
+team_backward = Kernel(team_kernels.team_backward)
+team_forward = Kernel(team_kernels.team_forward)
 
 
 @dataclass(frozen=True, eq=False)

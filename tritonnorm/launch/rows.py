@@ -11,10 +11,14 @@ import triton.language as tl
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.row import row_backward as row_backward_kernel
-from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
+from ..kernels import row as row_kernels
 from ..views import RowView, common_alignment, row_view
-from .common import FP_FUSION, fold_parameters, on_device, parameter_partials, planned
+from .common import FP_FUSION, Kernel, fold_parameters, on_device, parameter_partials, planned
+
+row_backward_kernel = Kernel(row_kernels.row_backward)
+row_forward_looped = Kernel(row_kernels.row_forward_looped)
+row_forward_resident = Kernel(row_kernels.row_forward_resident)
+row_gradient_means = Kernel(row_kernels.row_gradient_means)
 
 ROUND = {None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Of each dtype that x_hat can be rounded to, the kernels' name."""
