@@ -67,7 +67,7 @@ def results(name, leaves, dy):
 def replayed(call):
     """Whether a prepared call is made from recordings, in training and backward."""
     assert call.with_statistics.run.__name__ == "replay"
-    (backward,) = call._backwards.values()
+    (backward,) = call.backwards.made.values()
     return backward.run.__name__ == "replay"
 
 

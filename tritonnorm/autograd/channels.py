@@ -1,5 +1,7 @@
 """BatchNorm, GroupNorm and InstanceNorm as differentiable operators."""
 
+from functools import partial
+
 import torch
 
 from .. import launch, library
@@ -7,7 +9,7 @@ from ..calls import prepare
 from ..formulas import channel_formula
 from ..watch import is_watched
 from .common import (
-    backward_runner,
+    Backwards,
     contiguous,
     direct_apply,
     formula_gradients,
@@ -35,8 +37,12 @@ def _apply(runner, eps, dtype):
     return apply
 
 
-def _backward(runner, groups, over, eps, needs_dx, dweight_dtype, dbias_dtype):
-    outputs = dict(needs_dx=needs_dx, dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
+def _backward(groups, over, eps, bias_dtype, runner, weight, needed):
+    outputs = dict(
+        needs_dx=needed[0],
+        dweight_dtype=weight.dtype if needed[1] else None,
+        dbias_dtype=bias_dtype if needed[2] else None,
+    )
 
     def backward(dy, x, weight, *statistics):
         dy = dy.resolve_neg()
@@ -65,7 +71,8 @@ class ChannelCall:
             arguments = runner, groups, over, eps, dtype, momentum
             self.without_statistics = recorded(runner, _forward(*arguments, save_statistics=False))
             self.with_statistics = recorded(runner, _forward(*arguments, save_statistics=True))
-        self._backwards = {}
+        make = partial(_backward, groups, over, eps, self.bias_dtype)
+        self.backwards = Backwards(runner, make)
 
     def __call__(self, x, weight, bias, statistics=()):
         if torch.is_grad_enabled() and (
@@ -75,18 +82,6 @@ class ChannelCall:
         ):
             return _channel_norm_directly((self, statistics), x, weight, bias)
         return self.without_statistics.run(x, weight, bias, *statistics)[0]
-
-    def backward(self, dy, x, weight, statistics, needed):
-        """dx, dweight and dbias, as far as `needed`, from the statistics that were saved."""
-        runner = backward_runner(self.runner, dy)
-        key = runner is self.runner, dy.stride(), needed
-        backward = self._backwards.get(key)
-        if backward is None:
-            dtypes = weight.dtype if needed[1] else None, self.bias_dtype if needed[2] else None
-            options = runner, self.groups, self.over, self.eps
-            backward = recorded(runner, _backward(*options, needed[0], *dtypes))
-            self._backwards[key] = backward
-        return backward.run(dy, x, weight, *statistics)
 
 
 class ChannelNorm(torch.autograd.Function):
@@ -107,7 +102,7 @@ class ChannelNorm(torch.autograd.Function):
         call, needed = ctx.call, ctx.needs_input_grad[2:]
         x, weight, *statistics = ctx.saved_tensors
         if takes_kernel(dy):
-            return None, None, *call.backward(dy, x, weight, statistics, needed)
+            return None, None, *call.backwards.run(dy, x, weight, statistics, needed)
         bias = stand_in(x, x.shape[1:2], call.bias_dtype) if needed[2] else None
         options = call.groups, call.over, call.eps, call.dtype, statistics
         gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)

@@ -22,6 +22,10 @@ def formula_gradients(formula, dy, inputs, needed, options):
     return [next(found) if need else None for need in needed]
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def takes_kernel(dy) -> bool:
     """Whether a kernel can take this gradient: no second derivative is wanted, and it is plain."""
     return not torch.is_grad_enabled() and is_plain(dy)
@@ -29,10 +33,8 @@ def takes_kernel(dy) -> bool:
 
 def is_plain(dy) -> bool:
     """Whether a gradient has memory of its own: not one of a batch (vmap), nor all zeros."""
-    return torch.compiler.is_dynamo_compiling() or (
-        not torch._C._functorch.is_legacy_batchedtensor(dy)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(dy)
-        and not dy._is_zerotensor()
+    return torch.compiler.is_dynamo_compiling() or not (
+        _is_batched(dy) or _is_wrapped(dy) or dy._is_zerotensor()
     )
 
 
@@ -40,6 +42,26 @@ def backward_runner(runner, dy):
     """What runs a backward pass. Who watches it (compiled autograd, say) sees the operators, though the
     forward pass was launched."""
     return library.operators if is_watched(dy) else runner
+
+
+class Backwards:
+    """The backward passes of calls that look alike, `make(runner, weight, needed)` each."""
+
+    def __init__(self, runner, make):
+        self.runner, self.make = runner, make
+        self.made = {}
+
+    def run(self, dy, x, weight, statistics, needed):
+        """The gradients that are `needed` of x, weight and bias."""
+        runner = backward_runner(self.runner, dy)
+        if runner is not launch:  # sizes may be symbols
+            return self.make(runner, weight, needed)(dy, x, weight, *statistics)
+        # What was saved may come back with other strides than it had (saved_tensors_hooks).
+        key = dy.stride(), x.stride(), dy.is_neg(), needed
+        backward = self.made.get(key)
+        if backward is None:
+            backward = self.made[key] = Recorded(self.make(runner, weight, needed))
+        return backward.run(dy, x, weight, *statistics)
 
 
 def stand_in(x, shape, dtype):

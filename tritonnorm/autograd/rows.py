@@ -1,5 +1,6 @@
 """LayerNorm, RMSNorm and L2 normalization as differentiable operators."""
 
+from functools import partial
 from math import prod
 
 import torch
@@ -10,7 +11,7 @@ from ..formulas import RowOptions, row_deviation, row_formula
 from ..saving import output_suffices
 from ..watch import is_watched
 from .common import (
-    backward_runner,
+    Backwards,
     contiguous,
     direct_apply,
     formula_gradients,
@@ -32,19 +33,19 @@ def _forward(runner, dims, options, dtype, memory_format, *, save_statistics):
     return forward
 
 
-def _backward(runner, dims, options, memory_format, shape, needs_dx, dweight_dtype, dbias_dtype):
+def _backward(dims, options, memory_format, bias_dtype, runner, weight, needed):
     outputs = dict(
         memory_format=memory_format,
-        needs_dx=needs_dx,
-        dweight_dtype=dweight_dtype,
-        dbias_dtype=dbias_dtype,
+        needs_dx=needed[0],
+        dweight_dtype=weight.dtype if needed[1] else None,
+        dbias_dtype=bias_dtype if needed[2] else None,
     )
 
     def backward(dy, x, weight, mean, spread):
         dy = dy.resolve_neg()
         dx, *gradients = runner.row_backward(dy, x, weight, mean, spread, dims, options, **outputs)
         if dims > 1:
-            gradients = (d if d is None else d.view(shape) for d in gradients)
+            gradients = (d if d is None else d.view(x.shape[-dims:]) for d in gradients)
         return dx, *gradients
 
     return backward
@@ -61,7 +62,8 @@ class RowCall:
         arguments = runner, dims, options, dtype, memory_format
         self.without_statistics = recorded(runner, _forward(*arguments, save_statistics=False))
         self.with_statistics = recorded(runner, _forward(*arguments, save_statistics=True))
-        self._backwards = {}
+        make = partial(_backward, dims, options, memory_format, self.bias_dtype)
+        self.backwards = Backwards(runner, make)
 
     def __call__(self, x, weight, bias):
         if torch.is_grad_enabled() and (
@@ -71,19 +73,6 @@ class RowCall:
         ):
             return _row_norm_directly((self,), x, weight, bias)
         return self.without_statistics.run(x, weight, bias)[0]
-
-    def backward(self, dy, x, weight, mean, spread, needed):
-        """dx, dweight and dbias, as far as `needed`, from the statistics that were saved."""
-        runner = backward_runner(self.runner, dy)
-        key = runner is self.runner, dy.stride(), needed
-        backward = self._backwards.get(key)
-        if backward is None:
-            dweight_dtype = weight.dtype if needed[1] else None
-            dbias_dtype = self.bias_dtype if needed[2] else None
-            options = runner, self.dims, self.options, self.memory_format, x.shape[-self.dims :]
-            backward = recorded(runner, _backward(*options, needed[0], dweight_dtype, dbias_dtype))
-            self._backwards[key] = backward
-        return backward.run(dy, x, weight, mean, spread)
 
 
 class RowNorm(torch.autograd.Function):
@@ -99,9 +88,9 @@ class RowNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        x, weight, mean, spread = ctx.saved_tensors
+        x, weight, *statistics = ctx.saved_tensors
         if takes_kernel(dy):
-            return None, *call.backward(dy, x, weight, mean, spread, needed)
+            return None, *call.backwards.run(dy, x, weight, statistics, needed)
         bias = stand_in(x, x.shape[-call.dims :], call.bias_dtype) if needed[2] else None
         options = call.dims, call.options, call.dtype
         return None, *formula_gradients(row_formula, dy, (x, weight, bias), needed, options)

@@ -1,5 +1,7 @@
 """Weight normalization as a differentiable operator, of one tensor and of many."""
 
+from functools import partial
+
 import torch
 
 from .. import launch, library
@@ -7,6 +9,7 @@ from ..calls import prepare
 from ..formulas import weight_formula
 from ..watch import is_watched
 from .common import (
+    Backwards,
     backward_runner,
     contiguous,
     direct_apply,
@@ -25,7 +28,7 @@ def _forward(dim, *, save_statistics):
     return forward
 
 
-def _backward(runner, dim, needed):
+def _backward(dim, runner, _g, needed):
     needs = [[need] for need in needed]
 
     def backward(dw, v, g, norms):
@@ -43,21 +46,12 @@ class WeightCall:
         self.dim = dim
         self.without_statistics = recorded(launch, _forward(dim, save_statistics=False))
         self.with_statistics = recorded(launch, _forward(dim, save_statistics=True))
-        self._backwards = {}
+        self.backwards = Backwards(launch, partial(_backward, dim))
 
     def __call__(self, v, g):
         if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
             return _weight_norm_directly((self,), v, g)
         return self.without_statistics.run(v, g)[0]
-
-    def backward(self, dw, v, g, norms, needed):
-        """dv and dg, as far as `needed`, from the norms that were saved."""
-        runner = backward_runner(launch, dw)
-        key = runner is launch, dw.stride(), needed
-        backward = self._backwards.get(key)
-        if backward is None:
-            backward = self._backwards[key] = recorded(runner, _backward(runner, self.dim, needed))
-        return backward.run(dw, v, g, norms)
 
 
 class WeightNorm(torch.autograd.Function):
@@ -73,9 +67,9 @@ class WeightNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dw):
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        v, g, norms = ctx.saved_tensors
+        v, g, *norms = ctx.saved_tensors
         if takes_kernel(dw):
-            return None, *call.backward(dw, v, g, norms, needed)
+            return None, *call.backwards.run(dw, v, g, norms, needed)
         return None, *formula_gradients(weight_formula, dw, (v, g), needed, (call.dim,))
 
 
