@@ -5,8 +5,8 @@ described, and remain `triton.jit`.
 
 Bytes are those that a launch has to move, from the sizes of its tensors: activations as often as the
 kernel reads or writes them, running statistics twice, and everything else, which L2 serves where many
-programs read it, once. Operations are additions and multiplications of an element, those of the full
-form of a kernel: with a mean, a weight and a bias.
+programs read it, once. Operations are additions and multiplications of an element of 16 bits, with all
+the parameters that a normalization can have.
 """
 
 import triton
@@ -53,10 +53,18 @@ OPERATIONS = {
     "weight_gradient_sums": 3,
     "weight_input_gradient": 5,
     "fold_parameter_gradients": 2,  # of each element of dweight_partial, and of dbias_partial's
-    "fold_moments": 6,
-    "fold_gradient_means": 4,
+    "fold_moments": 7,
+    "fold_gradient_means": 2,
 }
 """Additions and multiplications an element of what a launch works on."""
+
+WITHOUT_MEAN = {
+    "row_forward_resident": 4,
+    "row_forward_looped": 4,
+    "row_gradient_means": 5,
+    "row_backward": 11,
+}
+"""The same of rows that have no mean, nor a bias."""
 
 
 def function_name(name, specialization):
@@ -150,7 +158,11 @@ def describe(name, arguments):
     description = {"name": label(name, arguments), "bytes": moved_bytes(name, arguments)}
     if name in OPERATIONS:
         width = max(8 * source[0].element_size(), 32)  # kernels compute in float32 at least
-        description[f"flops{width}"] = OPERATIONS[name] * elements(source)
+        has_mean = arguments.get("NORM", "layer") == "layer"
+        operations = OPERATIONS[name] if has_mean else WITHOUT_MEAN.get(name, OPERATIONS[name])
+        if name == "row_backward" and arguments["c1_ptr"] is not None:
+            operations -= 3  # c1 and c2 are there
+        description[f"flops{width}"] = operations * elements(source)
     return description
 
 
