@@ -28,7 +28,8 @@ RUNNING = ("running_mean", "running_var")
 """What is read and then written."""
 
 SOURCES = ("x", "dy", "dweight_partial", "dbias_partial", "mean_partial")
-"""The first of these that a launch has is what it works on: its elements and dtype are the launch's."""
+"""The first of these that a launch has is what it works on: its elements and dtype are the launch's. Of
+a launch that has none of them it is any tensor: a description must not end somebody's program."""
 
 TILES = (("BLOCK_C", "BLOCK_S"), ("BLOCK_P", "BLOCK_C"), ("BLOCK_P", "BLOCK_N"))
 """Parameters that name a tile where no length of a row does."""
@@ -104,6 +105,11 @@ def elements(members):
     return sum(tensor.numel() for tensor in members)
 
 
+def source_of(found):
+    """What a launch works on, of its tensors."""
+    return next((found[source] for source in SOURCES if source in found), next(iter(found.values())))
+
+
 def moved_bytes(name, arguments):
     """The bytes that a launch has to read and write."""
     found = tensors(arguments)
@@ -136,11 +142,11 @@ def _shape(arguments, source):
 
 def label(name, arguments):
     """A launch in a line: `layer_norm_bwd [4096, 8192] bf16`."""
-    found = tensors(arguments)
-    source = next(found[source] for source in SOURCES if source in found)
+    source = source_of(tensors(arguments))
     if "NORM" in arguments:
+        norm = arguments["NORM"]
         step = name.removeprefix("row_").removesuffix("_resident").removesuffix("_looped")
-        name = f"{OPERATORS[arguments['NORM']]}_{PASSES.get(step, step)}"
+        name = f"{OPERATORS.get(norm, norm)}_{PASSES.get(step, step)}"
     dtype = str(source[0].dtype).rpartition(".")[2]
     words = [name, _shape(arguments, source), DTYPES.get(dtype, dtype)]
     if "CG" in arguments:
@@ -153,8 +159,7 @@ def label(name, arguments):
 
 def describe(name, arguments):
     """What Triton's `launch_metadata` returns: the keys that proton knows."""
-    found = tensors(arguments)
-    source = next(found[source] for source in SOURCES if source in found)
+    source = source_of(tensors(arguments))
     description = {"name": label(name, arguments), "bytes": moved_bytes(name, arguments)}
     if name in OPERATIONS:
         width = max(8 * source[0].element_size(), 32)  # kernels compute in float32 at least

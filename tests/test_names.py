@@ -1,5 +1,6 @@
 """What profilers are told of the kernels: names, shapes and bytes."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,17 +9,22 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import INTERPRETED
-from test_imports import ROOT
-from triton.runtime.jit import KernelInterface
+from test_imports import ROOT, imports
 
 from perf import launches, traffic
 from perf.shapes import Case
-from tritonnorm import launch
 from tritonnorm.kernels import names
 
-MODULES = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
-KERNELS = {k.__name__: k for m in MODULES for k in vars(m).values() if isinstance(k, KernelInterface)}
+KERNELS = {
+    name: getattr(importlib.import_module(f"tritonnorm{module.removeprefix('.')}"), name)
+    for path in sorted((ROOT / "tritonnorm" / "launch").glob("*.py"))
+    for module, names_of_module in imports(path)
+    if module.startswith("..kernels.")
+    for name in names_of_module
+}
+"""What launches import of the kernels."""
 
 
 def descriptions(case, variant=None):
@@ -114,6 +120,11 @@ def test_labels_have_operator_shape_and_dtype():
     assert descriptions(case)[-1]["name"] == "channel_normalize [1, 40, 4096] bf16 groups of 20"
     case = Case("weight_norms", "forward", (3, 20, 128, 3), "bf16")
     assert [d["name"] for d in descriptions(case)] == ["weight_forward 3 tensors bf16"]
+
+
+def test_a_launch_of_another_kind_is_described_as_far_as_it_can_be():
+    found = names.describe("new_kernel", {"table_ptr": None, "z_ptr": torch.ones(4), "K": 3})
+    assert found == {"name": "new_kernel [4] fp32", "bytes": 16}
 
 
 def test_operations_are_those_of_the_compute_dtype():
