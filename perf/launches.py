@@ -33,6 +33,9 @@ class _Observed:
         self.kernel, self.observer = kernel, observer
         self.__name__ = kernel.__name__
 
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
+
     def __getitem__(self, grid):
         return lambda **arguments: self.observer(self.kernel, grid, arguments)
 
