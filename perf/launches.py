@@ -162,12 +162,30 @@ def teams():
         teams.TEAM_CAPABILITIES, pieces.device_facts = saved
 
 
+def in_cluster(case: Case, largest: int = heuristics.rows.LARGEST_CLUSTER) -> bool:
+    """Whether a cluster of at most so many blocks holds the rows of a case."""
+    choose = getattr(heuristics.rows, f"row_{case.direction}")
+    return choose(case.n, case.itemsize, strided=False, cluster=largest).num_ctas > 1
+
+
+@contextmanager
+def clusters():
+    """While open, rows are held by clusters, as on an H100 with a Triton that compiles them."""
+    saved = launch.rows.largest_cluster
+    launch.rows.largest_cluster = lambda index: heuristics.rows.LARGEST_CLUSTER
+    try:
+        yield
+    finally:
+        launch.rows.largest_cluster = saved
+
+
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`;
     "rounded" rounds x_hat and offsets the weight, as models do; "output" starts a backward pass from the
-    output; "team" has teams take what is held in
-    pieces; "halved" has each layer of a stack take channels half as long as those of the one before."""
+    output; "cluster" has clusters hold rows that are too long for a program alone, and
+    "cluster output" starts from the output besides; "team" has teams take what is held in pieces;
+    "halved" has each layer of a stack take channels half as long as those of the one before."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "weights":
         shapes = [layer.shape for layer in case.layers]
@@ -177,6 +195,9 @@ def run(case: Case, variant: str | None = None) -> None:
     elif OPERATORS[case.operator].family == "channels":
         with teams() if variant == "team" else nullcontext():
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
+    elif variant is not None and variant.startswith("cluster"):
+        with clusters():
+            _run_rows(case, torch.ones(case.shape, dtype=dtype), from_output="output" in variant)
     elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
     elif variant == "output":

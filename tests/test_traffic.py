@@ -37,6 +37,14 @@ def test_floor(operator, direction, dtype):
             assert moved.activations == {"x": pytest.approx(2 + first), "y": 1}
 
 
+@pytest.mark.parametrize("case", traffic.cluster_cases(brief=True), ids=lambda case: case.label)
+def test_floor_of_clusters(case):
+    """2T and 3T within 0.5% of rows that a cluster holds."""
+    moved = traffic.measure(case, "cluster")
+    assert abs(moved.excess) <= traffic.TOLERANCE
+    assert not moved.reread
+
+
 ONE_READ_CHANNELS = {
     ("group_norm", "2x320x8x8", "contiguous"),
     ("group_norm", "2x320x8x8", "channels_last"),
