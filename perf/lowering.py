@@ -63,6 +63,14 @@ does not reach the code, but for BatchNorm."""
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
 
+TEAM_ROWS = (
+    *(("layer_norm", dtype, 65536, PASSES, "team") for dtype in ("bf16", "fp32", "fp64")),
+    ("layer_norm", "bf16", 20000, PASSES, "team"),
+    ("rms_norm", "bf16", 65536, PASSES, "team"),
+    ("layer_norm", "bf16", 65536, ("backward",), "team output"),
+)
+"""The same for rows: one slab for all lengths, masked or not."""
+
 WEIGHT_SIZES = tuple(2**k for k in range(15))
 """Elements of a channel: every power of two is a tile of its own as long as channels are resident."""
 
@@ -377,9 +385,9 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
-    """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
-    most, and is compiled for every width and for strided rows; the others for adjacent elements in
-    bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
+    """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
+    holds the most, and is compiled for every width and for strided rows; the others for adjacent
+    elements in bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
@@ -406,6 +414,11 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             (Case("layer_norm", "backward", (ROWS, n), dtype), "output")
             for dtype in ("bf16", "fp32")
             for n in (128, 1000, 8192, 65536)
+        ]
+        chosen += [
+            (Case(operator, direction, (ROWS, n), dtype), variant)
+            for operator, dtype, n, directions, variant in TEAM_ROWS
+            for direction in directions
         ]
     return chosen
 

@@ -37,6 +37,8 @@ def test_gates(target):
         "channel_input_gradient",
         "team_forward",
         "team_backward",
+        "row_team_forward",
+        "row_team_backward",
         "fold_moments",
         "fold_gradient_means",
         "fold_parameter_gradients",

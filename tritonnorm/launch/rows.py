@@ -14,6 +14,7 @@ from ..dtypes import compute_dtype
 from ..kernels.row import row_backward as row_backward_kernel
 from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
 from ..views import RowView, common_alignment, row_view
+from . import row_teams
 from .common import (
     FP_FUSION,
     fold_parameters,
@@ -114,18 +115,22 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
         return y, mean, spread
 
     plan, align, (x,), target = _plan_rows(_plan_forward, (x,), y, normalized_dims, options)
-    kernel = row_forward_resident if plan.tile.block_n >= plan.view.n else row_forward_looped
+    operands = dict(
+        x_ptr=x,
+        y_ptr=target,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        mean_ptr=mean,
+        spread_ptr=spread,
+        ALIGN=align,
+        **plan.arguments,
+    )
+    resident = plan.tile.block_n >= plan.view.n
     with on_device(x):
-        kernel[(plan.programs,)](
-            x_ptr=x,
-            y_ptr=target,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            mean_ptr=mean,
-            spread_ptr=spread,
-            ALIGN=align,
-            **plan.arguments,
-        )
+        if resident:
+            row_forward_resident[(plan.programs,)](**operands)
+        elif not row_teams.forward(plan.view, operands):
+            row_forward_looped[(plan.programs,)](**operands)
     if target is not y:
         y.copy_(target)
     return y, mean, spread
@@ -174,20 +179,22 @@ def row_backward(
         ALIGN=align,
         **arguments,
     )
+    outputs = dict(
+        dx_ptr=target,
+        dweight_partial_ptr=partials[0],
+        dbias_partial_ptr=partials[1],
+        dx_strides=view.strides[2] if dx is not None else None,
+    )
+    split = dx is not None and tile.block_n < view.n
     with on_device(x):
-        c1 = c2 = None
-        if dx is not None and tile.block_n < view.n:
-            c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
-            row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
-        row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
-            c1_ptr=c1,
-            c2_ptr=c2,
-            dx_ptr=target,
-            dweight_partial_ptr=partials[0],
-            dbias_partial_ptr=partials[1],
-            dx_strides=view.strides[2] if dx is not None else None,
-            **shared,
-        )
+        if not (split and row_teams.backward(view, programs, outputs | shared)):
+            c1 = c2 = None
+            if split:
+                c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
+                row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
+            row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
+                c1_ptr=c1, c2_ptr=c2, **outputs, **shared
+            )
         dweight, dbias = fold_parameters(partials, dtypes)
     if target is not dx:
         dx.copy_(target)
