@@ -16,6 +16,8 @@ ACTIVATIONS = ("x", "y", "dy", "dx")
 EPS = 1e-5
 
 
+H100 = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -155,12 +157,11 @@ def _run_weights(case: Case, shapes) -> None:
 @contextmanager
 def teams():
     """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
     teams, modules = heuristics.teams, (launch.pieces, launch.row_teams)
     saved = teams.TEAM_CAPABILITIES, [module.device_facts for module in modules]
-    teams.TEAM_CAPABILITIES = {facts.capability}
+    teams.TEAM_CAPABILITIES = {H100.capability}
     for module in modules:
-        module.device_facts = lambda device: facts
+        module.device_facts = lambda device: H100
     try:
         yield
     finally:

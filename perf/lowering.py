@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from tritonnorm import heuristics
 from tritonnorm.launch.common import TRITON_VERSION
 
-from .launches import ACTIVATIONS, in_cluster, observe
+from .launches import ACTIVATIONS, H100, in_cluster, observe
 from .launches import run as run_case
 from .shapes import (
     BRIEF_OPERATORS,
@@ -426,8 +426,7 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 def cluster_cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of clusters, where the target and this Triton have them: the rows that `row_cases` has
     looped and split."""
-    capability = divmod(AbsentDriver(target).capability, 10)
-    device = heuristics.common.DeviceFacts(capability, processors=1, l2_bytes=1)
+    device = replace(H100, capability=divmod(AbsentDriver(target).capability, 10))
     largest = heuristics.rows.largest_cluster(device, TRITON_VERSION)
     if largest == 1:
         return []

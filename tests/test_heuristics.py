@@ -73,11 +73,12 @@ def test_clusters_hold_longer_rows(direction, itemsize, largest):
 
 
 def test_who_has_clusters():
-    def largest(capability, version):
-        return rows.largest_cluster(common.DeviceFacts(capability, 132, 50 * 2**20), version)
+    def largest(capability, version, processors=132):
+        return rows.largest_cluster(common.DeviceFacts(capability, processors, 50 * 2**20), version)
 
     assert largest((9, 0), (3, 9)) == largest((10, 0), (3, 8)) == rows.LARGEST_CLUSTER
     assert largest((12, 0), (3, 9)) == rows.PORTABLE_CLUSTER
+    assert largest((9, 0), (3, 9), processors=78) == rows.PORTABLE_CLUSTER
     assert largest((8, 0), (3, 9)) == largest((9, 0), (3, 7)) == 1
     assert rows.largest_cluster(None, (3, 9)) == 1
 

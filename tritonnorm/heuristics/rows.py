@@ -26,10 +26,12 @@ CLUSTER_CAPABILITY, CLUSTER_TRITON = (9, 0), (3, 8)
 """The first GPU that has clusters, and the first Triton whose sums are over all of one."""
 
 PORTABLE_CLUSTER, LARGEST_CLUSTER = 8, 16
-"""Blocks that every such GPU takes as a cluster, and that those with the capabilities below do if asked,
-as Triton's launcher does."""
+"""Blocks that every such GPU takes as a cluster, and that those below do if asked, as Triton's launcher
+does."""
 
-LARGEST_CLUSTER_MAJORS = (9, 10)
+LARGEST_CLUSTER_MAJORS, LARGEST_CLUSTER_PROCESSORS = (9, 10), 121
+"""Major compute capabilities, and the least number of SMs, of which one of at most 8 GPCs then has 16: a
+cluster stays within one, and a block may need an SM for itself."""
 
 CLUSTER_WARPS = 16
 """Warps of a block of a cluster, at most: 32 would leave one block on an SM, and nothing to do there
@@ -56,7 +58,10 @@ def largest_cluster(device: DeviceFacts | None, triton_version: tuple[int, int])
     """Blocks of the largest cluster that the device takes and Triton compiles; 1 where there is none."""
     if device is None or device.capability < CLUSTER_CAPABILITY or triton_version < CLUSTER_TRITON:
         return 1
-    return LARGEST_CLUSTER if device.capability[0] in LARGEST_CLUSTER_MAJORS else PORTABLE_CLUSTER
+    large = device.processors >= LARGEST_CLUSTER_PROCESSORS
+    return (
+        LARGEST_CLUSTER if large and device.capability[0] in LARGEST_CLUSTER_MAJORS else PORTABLE_CLUSTER
+    )
 
 
 def _cluster(block_n: int, a_thread: int, resident: int, largest: int) -> RowTile | None:
