@@ -39,6 +39,8 @@ OPERATIONS = {
     "row_forward_looped": 12,  # Welford's algorithm takes seven, x less the mean in two steps two
     "row_gradient_means": 6,  # x_hat two, weight, two sums of which one is of products
     "row_backward": 13,  # x_hat two, three for the parameters, weight, three for c1 and c2, four for dx
+    "row_team_forward": 10,  # of 32 bits, whose mean is taken twice; and moved to that of the row
+    "row_team_backward": 13,
     "group_forward": 6,
     "group_backward": 10,
     "channel_moments": 5,
@@ -64,6 +66,8 @@ WITHOUT_MEAN = {
     "row_forward_looped": 4,
     "row_gradient_means": 5,
     "row_backward": 11,
+    "row_team_forward": 4,
+    "row_team_backward": 11,
 }
 """The same of rows that have no mean, nor a bias."""
 

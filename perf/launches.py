@@ -16,6 +16,8 @@ ACTIVATIONS = ("x", "y", "dy", "dx")
 EPS = 1e-5
 
 
+H100 = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -155,22 +157,43 @@ def _run_weights(case: Case, shapes) -> None:
 @contextmanager
 def teams():
     """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
-    teams, pieces = heuristics.teams, launch.pieces
-    saved = teams.TEAM_CAPABILITIES, pieces.device_facts
-    teams.TEAM_CAPABILITIES, pieces.device_facts = {facts.capability}, lambda device: facts
+    teams, modules = heuristics.teams, (launch.pieces, launch.row_teams)
+    saved = teams.TEAM_CAPABILITIES, [module.device_facts for module in modules]
+    teams.TEAM_CAPABILITIES = {H100.capability}
+    for module in modules:
+        module.device_facts = lambda device: H100
     try:
         yield
     finally:
-        teams.TEAM_CAPABILITIES, pieces.device_facts = saved
+        teams.TEAM_CAPABILITIES = saved[0]
+        for module, device_facts in zip(modules, saved[1], strict=True):
+            module.device_facts = device_facts
+
+
+def in_cluster(case: Case, largest: int = heuristics.rows.LARGEST_CLUSTER) -> bool:
+    """Whether a cluster of at most so many blocks holds the rows of a case."""
+    choose = getattr(heuristics.rows, f"row_{case.direction}")
+    return choose(case.n, case.itemsize, strided=False, cluster=largest).num_ctas > 1
+
+
+@contextmanager
+def clusters():
+    """While open, rows are held by clusters, as on an H100 with a Triton that compiles them."""
+    saved = launch.rows.largest_cluster
+    launch.rows.largest_cluster = lambda index: heuristics.rows.LARGEST_CLUSTER
+    try:
+        yield
+    finally:
+        launch.rows.largest_cluster = saved
 
 
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`;
     "rounded" rounds x_hat and offsets the weight, as models do; "output" starts a backward pass from the
-    output; "team" has teams take what is held in
-    pieces; "halved" has each layer of a stack take channels half as long as those of the one before."""
+    output; "cluster" has clusters hold rows that are too long for a program alone, and "team" has teams
+    hold them, or take what is in pieces; with "cluster output" and "team output" they start from the
+    output; "halved" has each layer of a stack take channels half as long as those of the one before."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "weights":
         shapes = [layer.shape for layer in case.layers]
@@ -180,6 +203,9 @@ def run(case: Case, variant: str | None = None) -> None:
     elif OPERATORS[case.operator].family == "channels":
         with teams() if variant == "team" else nullcontext():
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
+    elif variant is not None and variant.startswith(("cluster", "team")):
+        with teams() if variant.startswith("team") else clusters():
+            _run_rows(case, torch.ones(case.shape, dtype=dtype), from_output="output" in variant)
     elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
     elif variant == "output":

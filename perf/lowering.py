@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tritonnorm import heuristics
+from tritonnorm.launch.common import TRITON_VERSION
 
-from .launches import ACTIVATIONS, observe
+from .launches import ACTIVATIONS, H100, in_cluster, observe
 from .launches import run as run_case
 from .shapes import (
     BRIEF_OPERATORS,
@@ -40,6 +41,12 @@ SIZES = tuple(2**k for k in range(17))
 """Row lengths: every power of two is a tile of its own as long as rows are resident; 65,536 is longer
 than any that is."""
 
+CLUSTER_SIZES = tuple(2**k for k in range(13, 19))
+"""Every power of two that a cluster holds, of one dtype and pass or another."""
+
+CLUSTER_ODD_SIZES = (20000, 20001)
+"""Not powers of two: whose masks must not narrow accesses, and whose elements take an address each."""
+
 ODD_SIZES = (48, 1000, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
 
@@ -55,6 +62,14 @@ does not reach the code, but for BatchNorm."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
+
+TEAM_ROWS = (
+    *(("layer_norm", dtype, 65536, PASSES, "team") for dtype in ("bf16", "fp32", "fp64")),
+    ("layer_norm", "bf16", 20000, PASSES, "team"),
+    ("rms_norm", "bf16", 65536, PASSES, "team"),
+    ("layer_norm", "bf16", 65536, ("backward",), "team output"),
+)
+"""The same for rows: one slab for all lengths, masked or not."""
 
 WEIGHT_SIZES = tuple(2**k for k in range(15))
 """Elements of a channel: every power of two is a tile of its own as long as channels are resident."""
@@ -107,17 +122,23 @@ class Lowered:
     layout: str  # "contiguous", "channels_last", or the variant of `launches.run`
     tiles: list[tuple[int, int]]  # one; or several, of which a program takes one
     line: int  # elements that are adjacent in memory, which decide how wide an access can be
-    num_warps: int
+    num_warps: int  # of each block
+    num_ctas: int  # blocks of a cluster
     registers: int
     stack: int  # bytes, which nothing but spilled registers needs here
     widths: dict[str, list[int]]  # bytes of each access, by tensor
-    bytes_in_flight: int  # of activations, an SM: a tile of each that is read, times occupancy
+    bytes_in_flight: int  # of activations, an SM: a block's part of each tile read, times occupancy
     instructions_per_byte: float | None = None  # warp instructions a byte of activations
 
     @property
     def tile(self) -> tuple[int, int]:
         """The tile; of several that of the longest lines."""
         return self.tiles[-1]
+
+    @property
+    def threads(self) -> int:
+        """Threads that a tile is for."""
+        return self.num_ctas * self.num_warps * heuristics.common.WARP
 
     @property
     def tile_bytes(self) -> int:
@@ -127,7 +148,7 @@ class Lowered:
         """Bytes of each access to the tiles of a tensor."""
         widths = self.widths.get(tensor, [])
         if self.kernel in FIRST_ELEMENTS and tensor == "x":
-            wide = self.tile_bytes // (self.num_warps * heuristics.common.WARP * WIDE)
+            wide = self.tile_bytes // (self.threads * WIDE)
             widths = sorted(widths, reverse=True)[: max(wide, 1)]
         return widths
 
@@ -146,7 +167,7 @@ class Lowered:
                 continue
             if min(widths) < WIDE:
                 found.append(f"{tensor}: accesses of {min(widths)} bytes")
-            touched = sum(widths) * self.num_warps * heuristics.common.WARP
+            touched = sum(widths) * self.threads
             held = sum(map(prod, self.tiles)) * DTYPES[self.dtype].itemsize
             if touched != held and self.kernel not in SWEEPS:
                 found.append(f"{tensor}: touches {touched} bytes of a tile of {held}")
@@ -282,7 +303,7 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     widths = _access_widths(compiled.asm["ptx"], pointers)
 
-    warps = arguments["num_warps"]
+    warps, ctas = arguments["num_warps"], arguments.get("num_ctas", 1)
     block_registers = -(-registers // 8) * 8 * heuristics.common.WARP * warps
     blocks = min(heuristics.common.SM_REGISTERS // block_registers, 64 // warps, 32)
     tiles = _tiles(arguments)
@@ -299,17 +320,19 @@ def inspect(kernel, arguments, compiled, case: Case, target: str, variant: str |
         tiles=tiles,
         line=_line(arguments),
         num_warps=warps,
+        num_ctas=ctas,
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         widths=widths,
-        bytes_in_flight=blocks * loads * tile_bytes,
+        bytes_in_flight=blocks * loads * tile_bytes // ctas,
     )
 
 
-def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+def cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
     """(case, variant) of rows, of channels and of weights, as `launches.run` takes them. float16 is
     lowered as bfloat16 is."""
-    return row_cases(brief) + channel_cases(brief) + weight_cases(brief)
+    rows = row_cases(brief) + cluster_cases(target, brief)
+    return rows + channel_cases(brief) + weight_cases(brief)
 
 
 def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
@@ -362,9 +385,9 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
-    """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
-    most, and is compiled for every width and for strided rows; the others for adjacent elements in
-    bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
+    """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
+    holds the most, and is compiled for every width and for strided rows; the others for adjacent
+    elements in bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
@@ -392,7 +415,36 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             for dtype in ("bf16", "fp32")
             for n in (128, 1000, 8192, 65536)
         ]
+        chosen += [
+            (Case(operator, direction, (ROWS, n), dtype), variant)
+            for operator, dtype, n, directions, variant in TEAM_ROWS
+            for direction in directions
+        ]
     return chosen
+
+
+def cluster_cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
+    """Every tile of clusters, where the target and this Triton have them: the rows that `row_cases` has
+    looped and split."""
+    device = replace(H100, capability=divmod(AbsentDriver(target).capability, 10))
+    largest = heuristics.rows.largest_cluster(device, TRITON_VERSION)
+    if largest == 1:
+        return []
+
+    def of(operator, dtype, sizes, passes=PASSES, variant="cluster"):
+        chosen = [Case(operator, direction, (ROWS, n), dtype) for direction in passes for n in sizes]
+        return [(case, variant) for case in chosen if in_cluster(case, largest)]
+
+    if brief:
+        return [case for operator in BRIEF_OPERATORS for case in of(operator, "bf16", BRIEF_SIZES)]
+    return [
+        *of("layer_norm", "bf16", CLUSTER_SIZES + CLUSTER_ODD_SIZES),
+        *of("layer_norm", "fp32", CLUSTER_SIZES + CLUSTER_ODD_SIZES),
+        *of("layer_norm", "fp64", CLUSTER_SIZES),
+        *of("rms_norm", "bf16", CLUSTER_SIZES[2::2]),
+        *of("normalize", "bf16", CLUSTER_SIZES[2::2]),
+        *of("layer_norm", "bf16", CLUSTER_SIZES[2::2], ("backward",), "cluster output"),
+    ]
 
 
 def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
@@ -416,25 +468,27 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
         for i, count in enumerate(counts):
             k = found[i]
             if moved := k.tile_bytes * sum(name in k.widths for name in ACTIVATIONS):
-                found[i] = replace(k, instructions_per_byte=count.result() * k.num_warps / moved)
+                warps = k.num_warps * k.num_ctas
+                found[i] = replace(k, instructions_per_byte=count.result() * warps / moved)
     return found
 
 
 def table(lowered: list[Lowered]) -> str:
-    """One line a kernel. Spill is in bytes; width is the narrowest access to an activation, in bits;
-    KB in flight are an SM's, as far as registers and warps limit them."""
+    """One line a kernel. Warps are those of each block (CTA) of a program. Spill is in bytes; width is
+    the narrowest access to an activation, in bits; KB in flight are an SM's, as far as registers and
+    warps limit them."""
     lines = [
         f"{'operator':<15} {'pass':<8} {'dtype':<5} {'shape':>12} {'layout':<13} {'kernel':<24} "
-        f"{'tile':>8} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
-        + (" instr/B" if lowered[0].instructions_per_byte else "")
+        f"{'tile':>8} {'CTAs':>4} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} "
+        f"{'KB in flight':>12}" + (" instr/B" if lowered[0].instructions_per_byte else "")
     ]
     for k in lowered:
         width = min((w for name in ACTIVATIONS for w in k.tile_widths(name)), default=0) * 8
         tile = f"{k.tile[0]}x{k.tile[1]}"
         lines.append(
             f"{k.operator:<15} {k.direction:<8} {k.dtype:<5} {k.shape:>12} {k.layout:<13} "
-            f"{k.kernel:<24} {tile:>8} {k.num_warps:>5} {k.registers:>4} {k.stack:>5} {width:>5} "
-            f"{k.bytes_in_flight / 1024:>12.0f}"
+            f"{k.kernel:<24} {tile:>8} {k.num_ctas:>4} {k.num_warps:>5} {k.registers:>4} {k.stack:>5} "
+            f"{width:>5} {k.bytes_in_flight / 1024:>12.0f}"
             + (f" {k.instructions_per_byte:>7.3f}" if k.instructions_per_byte else "")
             + ("  <- " + "; ".join(k.violations) if k.violations else "")
         )
@@ -459,7 +513,7 @@ def run(arguments) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("lowering: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    found = {t: lower(t, cases(arguments.brief), arguments.instructions) for t in targets}
+    found = {t: lower(t, cases(t, arguments.brief), arguments.instructions) for t in targets}
     records = [k for lowered in found.values() for k in lowered]
     if arguments.json:
         print(json.dumps([asdict(k) | {"violations": k.violations} for k in records]))

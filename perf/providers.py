@@ -16,10 +16,17 @@ from math import ceil
 import torch
 
 import tritonnorm
-from tritonnorm import heuristics
+from tritonnorm import heuristics, launch
 
 from .machine import installed_version, tritonnorm_version
-from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, SINGLE_WEIGHT_OPERATORS, Case
+from .shapes import (
+    CHANNEL_OPERATORS,
+    DTYPES,
+    OPERATORS,
+    ROW_OPERATORS,
+    SINGLE_WEIGHT_OPERATORS,
+    Case,
+)
 from .traffic import floor_bytes
 
 EPS = {
@@ -222,20 +229,23 @@ def _quack() -> Provider:
 
 @contextmanager
 def _teams_allowed():
-    """While open, teams take what is held in pieces, as if that had been measured to be faster."""
-    saved = heuristics.teams.TEAM_CAPABILITIES
+    """While open, teams take what is held in pieces and rows that are too long for a program, as if that
+    had been measured to be faster; no clusters do."""
+    saved = heuristics.teams.TEAM_CAPABILITIES, launch.rows.largest_cluster
     if torch.cuda.is_available():
         heuristics.teams.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
+        launch.rows.largest_cluster = lambda index: 1
     try:
         yield
     finally:
-        heuristics.teams.TEAM_CAPABILITIES = saved
+        heuristics.teams.TEAM_CAPABILITIES, launch.rows.largest_cluster = saved
 
 
 def _tritonnorm_team() -> Provider:
     """tritonnorm with teams allowed: for heuristics.teams.TEAM_CAPABILITIES to be set by measurement."""
     ours = _tritonnorm()
-    operators = {name: ours.operators[name] for name in CHANNEL_OPERATORS if name != "batch_norm_eval"}
+    shared = (*ROW_OPERATORS, *(name for name in CHANNEL_OPERATORS if name != "batch_norm_eval"))
+    operators = {name: ours.operators[name] for name in shared}
     return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)
 
 

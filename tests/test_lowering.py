@@ -13,6 +13,7 @@ import pytest
 from perf.lowering import LAYERS, TARGETS, Lowered, _access_widths, weight_cases
 from perf.shapes import Case
 from tritonnorm import heuristics
+from tritonnorm.launch.common import TRITON_VERSION
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -36,6 +37,8 @@ def test_gates(target):
         "channel_input_gradient",
         "team_forward",
         "team_backward",
+        "row_team_forward",
+        "row_team_backward",
         "fold_moments",
         "fold_gradient_means",
         "fold_parameter_gradients",
@@ -52,6 +55,9 @@ def test_gates(target):
         if r["violations"]
     ]
     assert not failing
+    clusters = {r["num_ctas"] for r in records}
+    has_clusters = target != "sm_80" and TRITON_VERSION >= heuristics.rows.CLUSTER_TRITON
+    assert clusters == ({1, 4, 8, 16} if has_clusters else {1})
 
 
 def lowered(**changes):
@@ -66,6 +72,7 @@ def lowered(**changes):
         tiles=[(1, 1024)],
         line=1024,
         num_warps=4,
+        num_ctas=1,
         registers=64,
         stack=0,
         widths={"x": [16], "dy": [16], "dx": [16], "mean": [4]},
@@ -80,6 +87,16 @@ def test_violations_are_noticed():
     assert "accesses of 2 bytes" in lowered(widths={"x": [2] * 8}).violations[0]
     assert "touches" in lowered(widths={"x": [16, 16]}).violations[0]
     assert lowered(line=1001, widths={"x": [2] * 8}).violations == []  # rows are not of whole words
+
+
+def test_a_cluster_splits_its_tile():
+    """Of 4 blocks each accesses a quarter; none of them all of it."""
+    cluster = dict(tiles=[(1, 4096)], line=4096, num_ctas=4)
+    assert lowered(**cluster).violations == []
+    everything = {"x": [16] * 4, "dy": [16], "dx": [16]}
+    assert lowered(**cluster, widths=everything).violations == [
+        "x: touches 32768 bytes of a tile of 8192"
+    ]
 
 
 PTX = """

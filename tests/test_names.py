@@ -1,6 +1,5 @@
 """What profilers are told of the kernels: names, shapes and bytes."""
 
-import importlib
 import os
 import re
 import subprocess
@@ -11,20 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
-from test_imports import ROOT, imports
+from test_imports import ROOT
 
 from perf import launches, traffic
 from perf.shapes import Case
 from tritonnorm.kernels import names
+from tritonnorm.launch.common import Kernel
 
-KERNELS = {
-    name: getattr(importlib.import_module(f"tritonnorm{module.removeprefix('.')}"), name)
-    for path in sorted((ROOT / "tritonnorm" / "launch").glob("*.py"))
-    for module, names_of_module in imports(path)
-    if module.startswith("..kernels.")
-    for name in names_of_module
-}
-"""What launches import of the kernels."""
+KERNELS = {launched.kernel.__name__: launched.kernel for launched in Kernel.every}
+"""What is launched."""
 
 
 def descriptions(case, variant=None):

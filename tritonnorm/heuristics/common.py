@@ -33,11 +33,13 @@ alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 @dataclass(frozen=True)
 class RowTile:
-    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N."""
+    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. A program is a cluster
+    of `num_ctas` blocks of `num_warps` each, which have a part of the columns each."""
 
     rows: int
     block_n: int
     num_warps: int
+    num_ctas: int = 1
 
 
 def power_of_two(n: int) -> int:

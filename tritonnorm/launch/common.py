@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import triton
 
 from .. import heuristics
 from ..dtypes import compute_dtype
@@ -129,6 +130,16 @@ def device_facts(device: torch.device) -> heuristics.common.DeviceFacts | None:
         processors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
     )
+
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@lru_cache
+def largest_cluster(index: int) -> int:
+    """Blocks of the largest cluster that a GPU and this Triton can make; -1 is the CPU, with none."""
+    device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
+    return heuristics.rows.largest_cluster(device_facts(device), TRITON_VERSION)
 
 
 def parameter_partials(x, programs: int, n: int, dtypes):
