@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from training import assert_trained_alike, losses
 
 import tritonnorm as tn
 import tritonnorm.functional as tF
@@ -378,17 +379,13 @@ def test_a_compiled_model_trains(device):
     assert len(tn.convert(ours).replaced) == 8
     compiled, seen = compile_and_record(ours)
     tokens = torch.randint(16, (2, 9), device=device)
-    losses = []
-    for model, parameters in ((eager, eager.parameters()), (compiled, ours.parameters())):
-        optimizer, found = torch.optim.AdamW(parameters, lr=1e-2), []
-        for _ in range(5):
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        losses.append(found)
-    assert losses[0][-1] < losses[0][0]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
+
+    def losses_of(model, parameters):
+        def loss():
+            return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+        return losses(loss, parameters, steps=5)
+
+    assert_trained_alike(losses_of(compiled, ours.parameters()), losses_of(eager, eager.parameters()))
     assert sorted(set(seen)) == sorted(ROW)
     assert len(seen) == 16
