@@ -352,6 +352,28 @@ def test_too_large_a_set(device, monkeypatch):
         compiled(*rows(device))
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("channel_apply", "mean"),
+        ("channel_apply", "variance"),
+        ("channel_norm_running", "running_mean"),
+        ("channel_norm_running", "running_var"),
+        ("channel_norm_running", "momentum_tensor"),
+    ],
+)
+def test_constants_cannot_require_a_gradient(name, argument, device):
+    """Called by hand; autograd would drop it without a word. Without a gradient they are taken."""
+    operator = getattr(torch.ops.tritonnorm, name).default
+    names = (a.name for a in operator._schema.arguments)
+    arguments = dict(zip(names, dict(samples(device))[name], strict=True))
+    given = arguments[argument].detach().clone()
+    with pytest.raises(RuntimeError, match=f"{name}: {argument} cannot require a gradient"):
+        operator(**arguments | {argument: given.requires_grad_()})
+    with torch.no_grad():
+        operator(**arguments | {argument: given})
+
+
 class Block(nn.Module):
     """Of a Llama-like model: attention with normalized queries and keys, and a gated layer."""
 

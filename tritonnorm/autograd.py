@@ -12,7 +12,7 @@ import torch
 from . import launch, library
 from .formulas import RowOptions, channel_formula, row_deviation, row_formula, weight_formula
 from .saving import output_suffices
-from .watch import is_watched
+from .watch import check_constants, is_watched
 
 
 def formula_gradients(formula, dy, inputs, needed, options):
@@ -292,10 +292,13 @@ def _momentum(in_memory, number):
 
 
 def _channel_norm_running(x, weight, bias, *others):
+    names = ("running_mean", "running_var", "momentum_tensor")
+    check_constants("tritonnorm::channel_norm_running", **dict(zip(names, others[:3], strict=True)))
     return _channel_norm(x, weight, bias, *others[4:], running=others[:4])
 
 
 def _channel_apply(x, weight, bias, mean, variance, eps, dtype):
+    check_constants("tritonnorm::channel_apply", mean=mean, variance=variance)
     if _needs_graph(x, weight, bias):
         options = (x.shape[1], "given", eps, dtype, None, (mean, variance))
         return ChannelNorm.apply(library.operators, x, weight, bias, *options)[0]
