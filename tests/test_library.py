@@ -9,6 +9,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from training import assert_trained_alike, losses
@@ -372,6 +373,40 @@ def test_constants_cannot_require_a_gradient(name, argument, device):
         operator(**arguments | {argument: given.requires_grad_()})
     with torch.no_grad():
         operator(**arguments | {argument: given})
+
+
+class Functions(TorchFunctionMode):
+    """The names of the functions of torch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+OF_TORCH = {"layer_norm2d": {"layer_norm"}, "weight_norm": set(), "weight_norms": set()}
+"""Which of PyTorch's norms answers where no kernel does, if not that of the same name."""
+
+
+@every_call
+def test_modes_of_torch_functions(name, device, monkeypatch):
+    """As the README says: `rms_norm_variant` is one call, others are PyTorch's norm, or none."""
+    function, make, _ = CALLS[name]
+    by_kernel, by_torch = Functions(), Functions()
+    inputs = make(device)
+    with by_kernel:
+        function(*inputs)
+    one_call = {name} if name == "rms_norm_variant" else set()
+    assert by_kernel.seen & CALLS.keys() == one_call
+    assert ("empty_like" in by_kernel.seen) == (not one_call)
+    monkeypatch.setattr(tn.dispatch, "INTERPRETED", False)
+    inputs = make("cpu")
+    with by_torch:
+        function(*inputs)
+    assert by_torch.seen & CALLS.keys() == OF_TORCH.get(name, {name})
 
 
 class Block(nn.Module):
