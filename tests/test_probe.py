@@ -7,6 +7,7 @@ from own_norms import Noisy, Scale, scaled_rms_norm
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
@@ -15,7 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import tritonnorm as tn
-from tritonnorm import probe, registry
+from tritonnorm import dispatch, probe, registry
 
 pytestmark = pytest.mark.usefixtures("registry_kept")
 
@@ -252,6 +253,25 @@ def writes(module, x):
 def test_what_a_tame_probe_does_not_show(cls, forward, reason):
     tn.register(cls)(forward)
     assert reason in tn.convert(cls(64).eval()).left[0].reason
+
+
+def steeper_in_16_bits(module, x):
+    """The right result, and a tenth too much of every gradient."""
+    y = scaled_rms_norm(module, x)
+    return y if x.dtype == torch.float32 else y + (y - y.detach()) / 10
+
+
+def test_gradients_in_bfloat16(monkeypatch):
+    """As on a GPU, for in the interpreter float16 stands for it: families that round on the way pass."""
+    monkeypatch.setattr(probe, "NARROW", torch.bfloat16)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    tn.register(Scale)(scaled_rms_norm)
+    convnext = ConvNextLayerNorm(16, data_format="channels_first")
+    model = nn.ModuleList([convnext, LlamaRMSNorm(16), GemmaRMSNorm(16), CohereLayerNorm(16), Scale()])
+    assert len(tn.convert(model).replaced) == 5
+    tn.register(Scale)(steeper_in_16_bits)
+    tn.convert(model := Scale())
+    assert registry.FUNCTIONS[type(model)] is scaled_rms_norm
 
 
 @pytest.mark.parametrize("ambient", ["meta", "cpu", torch.bfloat16, "inference"])
