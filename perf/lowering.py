@@ -386,18 +386,17 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
-    holds the most, and is compiled for every width and for strided rows; the others for adjacent
-    elements in bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
-    if brief:
-        operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
-    else:
-        operators, sizes, dtypes = ROW_OPERATORS, SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
+    holds the most, and is compiled for every length and width and for strided rows; the others for
+    adjacent elements in bfloat16 of BRIEF_SIZES, among which are the longest of each kind. Some of RMSNorm
+    as models round it, and of backward passes from the output."""
     chosen = []
-    for operator in operators:
+    for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
+        every = operator == "layer_norm" and not brief
+        sizes = SIZES + ODD_SIZES if every else BRIEF_SIZES
         for direction in PASSES:
-            for dtype in dtypes if operator == "layer_norm" else ("bf16",):
+            for dtype in ("bf16", "fp32", "fp64") if every else ("bf16",):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]
-                if operator == "layer_norm" and not brief:
+                if every:
                     tiles, choose = {}, getattr(heuristics.rows, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
@@ -498,6 +497,9 @@ def table(lowered: list[Lowered]) -> str:
 def add_arguments(parser):
     parser.add_argument("--target", choices=TARGETS, help="one target (default: sm_90)")
     parser.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help="inputs of these (default: all)"
+    )
     parser.add_argument("--brief", action="store_true", help="fewer operators and sizes, bfloat16")
     parser.add_argument(
         "--gate", action="store_true", help="end with status 1 on spills or narrow accesses"
@@ -513,7 +515,10 @@ def run(arguments) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("lowering: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    found = {t: lower(t, cases(t, arguments.brief), arguments.instructions) for t in targets}
+    found = {}
+    for target in targets:
+        chosen = [one for one in cases(target, arguments.brief) if one[0].dtype in arguments.dtypes]
+        found[target] = lower(target, chosen, arguments.instructions)
     records = [k for lowered in found.values() for k in lowered]
     if arguments.json:
         print(json.dumps([asdict(k) | {"violations": k.violations} for k in records]))

@@ -7,7 +7,7 @@ import torch
 from .. import launch, library
 from ..calls import prepare
 from ..formulas import channel_formula
-from ..watch import is_watched
+from ..watch import check_constants, is_watched
 from .common import (
     Backwards,
     contiguous,
@@ -146,10 +146,13 @@ def _channel_norm(x, weight, bias, groups, over, eps, dtype, save_statistics, ru
 
 
 def _channel_norm_running(x, weight, bias, *others):
+    names = ("running_mean", "running_var", "momentum_tensor")
+    check_constants("tritonnorm::channel_norm_running", **dict(zip(names, others[:3], strict=True)))
     return _channel_norm(x, weight, bias, *others[4:], running=others[:4])
 
 
 def _channel_apply(x, weight, bias, mean, variance, eps, dtype):
+    check_constants("tritonnorm::channel_apply", mean=mean, variance=variance)
     if needs_graph(x, weight, bias):
         call = ChannelCall(library.operators, x.shape[1], "given", eps, dtype, bias)
         return ChannelNorm.apply(call, (mean, variance), x, weight, bias)[0]
