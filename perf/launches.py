@@ -8,7 +8,9 @@ from triton.runtime.jit import KernelInterface
 from tritonnorm import heuristics, launch
 from tritonnorm.dtypes import compute_dtype
 from tritonnorm.formulas import RowOptions
+from tritonnorm.heuristics.table import Choices
 from tritonnorm.launch import Running
+from tritonnorm.launch.common import CHOICES
 
 from .shapes import DTYPES, OPERATORS, Case
 
@@ -149,17 +151,54 @@ def _run_weights(case: Case, shapes) -> None:
     launch.weights_backward([torch.ones_like(x) for x in xs], xs, gains, spreads, dims, needed, needed)
 
 
+class Instead(Choices):
+    """Choices in which one heuristic has a given answer, whatever its arguments."""
+
+    def __init__(self, heuristic, answer, entries=None):
+        super().__init__(entries)
+        self.heuristic, self.answer = heuristic, answer
+
+    def __call__(self, heuristic, *arguments):
+        if heuristic is self.heuristic:
+            return self.answer
+        return super().__call__(heuristic, *arguments)
+
+
+TEAMS = Instead(heuristics.teams.prefer_teams, True)
+"""Choices by which teams take whatever they can."""
+
+
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
-    teams, pieces = heuristics.teams, launch.pieces
-    saved = teams.TEAM_CAPABILITIES, pieces.device_facts
-    teams.TEAM_CAPABILITIES, pieces.device_facts = {facts.capability}, lambda device: facts
+def choosing(choices: Choices):
+    """While open, these choices decide every launch, on the CPU and on all GPUs."""
+    saved = dict(CHOICES)
+    CHOICES.update(dict.fromkeys(range(-1, torch.cuda.device_count()), choices))
     try:
         yield
     finally:
-        teams.TEAM_CAPABILITIES, pieces.device_facts = saved
+        CHOICES.clear()
+        CHOICES.update(saved)
+
+
+H100 = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+
+
+@contextmanager
+def device_facts(facts: heuristics.common.DeviceFacts):
+    """While open, launch choices take the device for this one."""
+    saved = launch.pieces.device_facts
+    launch.pieces.device_facts = lambda device: facts
+    try:
+        yield
+    finally:
+        launch.pieces.device_facts = saved
+
+
+@contextmanager
+def teams():
+    """While open, teams take whatever they can, as if on an H100."""
+    with device_facts(H100), choosing(TEAMS):
+        yield
 
 
 def run(case: Case, variant: str | None = None) -> None:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonnorm import heuristics
 
-from .launches import ACTIVATIONS, observe
+from .launches import ACTIVATIONS, choosing, observe
 from .launches import run as run_case
 from .shapes import (
     BRIEF_OPERATORS,
@@ -396,7 +396,8 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 
 def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
-    """Compiles the launches of the chosen cases for a target, in a process that will run no kernel.
+    """Compiles the launches of the chosen cases for a target, as its table and the heuristics choose
+    them, in a process that will run no kernel.
 
     `instructions` counts them as well, which takes the disassembler half a second a kernel.
     """
@@ -409,7 +410,12 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
             counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
 
     triton.runtime.driver.set_active(AbsentDriver(target))
-    with ThreadPoolExecutor(os.cpu_count()) as disassemblers, observe(compile_and_inspect):
+    choices = heuristics.table.load(target)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as disassemblers,
+        observe(compile_and_inspect),
+        choosing(choices),
+    ):
         for case, variant in chosen:
             run_case(case, variant)
     if instructions:

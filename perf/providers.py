@@ -8,7 +8,7 @@ statistics, and GroupNorm's number of groups. Operators of a stack of layers are
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -16,8 +16,8 @@ from math import ceil
 import torch
 
 import tritonnorm
-from tritonnorm import heuristics
 
+from .launches import TEAMS, choosing
 from .machine import installed_version, tritonnorm_version
 from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, SINGLE_WEIGHT_OPERATORS, Case
 from .traffic import floor_bytes
@@ -220,23 +220,11 @@ def _quack() -> Provider:
     )
 
 
-@contextmanager
-def _teams_allowed():
-    """While open, teams take what is held in pieces, as if that had been measured to be faster."""
-    saved = heuristics.teams.TEAM_CAPABILITIES
-    if torch.cuda.is_available():
-        heuristics.teams.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
-    try:
-        yield
-    finally:
-        heuristics.teams.TEAM_CAPABILITIES = saved
-
-
 def _tritonnorm_team() -> Provider:
-    """tritonnorm with teams allowed: for heuristics.teams.TEAM_CAPABILITIES to be set by measurement."""
+    """tritonnorm with teams wherever they can be, as if a table preferred them."""
     ours = _tritonnorm()
     operators = {name: ours.operators[name] for name in CHANNEL_OPERATORS if name != "batch_norm_eval"}
-    return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)
+    return replace(ours, name="tritonnorm.team", operators=operators, around=partial(choosing, TEAMS))
 
 
 def _tritonnorm_single() -> Provider:

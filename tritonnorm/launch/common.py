@@ -5,6 +5,7 @@ from functools import lru_cache
 from math import ceil
 
 import torch
+import triton
 
 from .. import heuristics
 from ..dtypes import compute_dtype
@@ -52,6 +53,23 @@ def device_facts(device: torch.device) -> heuristics.common.DeviceFacts | None:
         processors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
     )
+
+
+class _ByDevice(dict):
+    """Choices by the number of a device, which is -1 for the CPU. Found at the first launch there."""
+
+    def __missing__(self, index: int) -> heuristics.table.Choices:
+        arch = None
+        # ROCm's capabilities are numbers of another kind.
+        if index >= 0 and torch.version.hip is None and not triton.knobs.runtime.interpret:
+            major, minor = device_facts(torch.device("cuda", index)).capability
+            arch = f"sm_{major}{minor}"
+        self[index] = heuristics.table.load(arch)
+        return self[index]
+
+
+CHOICES = _ByDevice()
+"""What decides launches on the device of x: `CHOICES[x.get_device()]`. Plans are kept by it."""
 
 
 def parameter_partials(x, programs: int, n: int, dtypes):

@@ -14,7 +14,7 @@ from ..dtypes import compute_dtype
 from ..kernels.row import row_backward as row_backward_kernel
 from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
 from ..views import RowView, common_alignment, row_view
-from .common import FP_FUSION, fold_parameters, on_device, parameter_partials, planned
+from .common import CHOICES, FP_FUSION, fold_parameters, on_device, parameter_partials, planned
 
 ROUND = {None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Of each dtype that x_hat can be rounded to, the kernels' name."""
@@ -29,11 +29,11 @@ class _Plan(NamedTuple):
     arguments: dict  # of every kernel
 
 
-def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) -> _Plan | None:
+def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices) -> _Plan | None:
     view = row_view(shape, normalized_dims, strides)
     if view is None:
         return None
-    tile = heuristic(view.n, itemsize, view.strided)
+    tile = choices(heuristic, view.n, itemsize, view.strided)
     arguments = dict(
         x_strides=view.strides[0],
         M=view.m,
@@ -52,21 +52,24 @@ def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) ->
 
 
 @planned
-def _plan_forward(shape, normalized_dims, strides, options, itemsize):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_forward, itemsize)
+def _plan_forward(shape, normalized_dims, strides, options, itemsize, choices):
+    heuristic = heuristics.rows.row_forward
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices)
     if plan is not None:
         plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
     return plan
 
 
 @planned
-def _plan_backward(shape, normalized_dims, strides, options, itemsize, parameters):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_backward, itemsize)
+def _plan_backward(shape, normalized_dims, strides, options, itemsize, choices, parameters):
+    heuristic = heuristics.rows.row_backward
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices)
     if plan is None:
         return None
     plan.arguments.update(dy_strides=plan.view.strides[1])
     view = plan.view
-    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
+    most = choices(heuristics.rows.row_programs, view.n, itemsize, view.strided)
+    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows, most)
     return plan._replace(programs=programs)
 
 
@@ -74,7 +77,8 @@ def _plan_rows(make, inputs, output, normalized_dims, options, *others):
     """The plan that `make` has for inputs and output (or None), and what it is for: the tensors
     themselves or, where they have no view in common, contiguous ones in their stead."""
     first = inputs[0]
-    shape, others = first.shape, (options, first.element_size(), *others)
+    choices = CHOICES[first.get_device()]
+    shape, others = first.shape, (options, first.element_size(), choices, *others)
     tensors = inputs if output is None else (*inputs, output)
     plan = make(shape, normalized_dims, tuple([t.stride() for t in tensors]), *others)
     if plan is None:
