@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "bench": "time every operator beside PyTorch and the installed peers, to CSV (needs a GPU)",
     "compare": "wins, ties and losses beside every installed peer, alternating (needs a GPU)",
+    "tune": "sweep launch choices, and write those that are faster into a table (needs a GPU)",
     "roofline": "draw a CSV of `bench` as achieved bandwidth against size, to PNG and SVG",
     "lowering": "registers, spills and access width of the launch choices, compiled (no GPU)",
     "traffic": "bytes moved against the floor, counted in the interpreter (no GPU)",

@@ -111,7 +111,7 @@ def attempt(measurement: Callable[..., dict], *arguments) -> dict:
         return {"status": "error", "error": describe(error)}
 
 
-def _check_device() -> None:
+def check_device() -> None:
     """Raises DeviceLost if an earlier error ended the context; otherwise frees what the error held."""
     if not torch.cuda.is_available():
         return
@@ -139,7 +139,7 @@ def add_row(table: Table, case: Case, name: str, version: str, result: dict) -> 
         about["fraction_of_copy"] = f"{fraction:.4f}"
     table.add(**case_fields(case), **about, **result)
     if result["status"] == "error":
-        _check_device()
+        check_device()
 
 
 def measure_case(case: Case, providers, timer: Timer, device, table: Table) -> Iterator[str]:
@@ -182,28 +182,22 @@ def measure(
             progress.step(f"{case.label} {name}")
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser,
-    name: str = "bench",
-    providers=tuple(LOADERS),
-    shapes=DEFAULT_SETS,
-) -> None:
-    """The options of a command `name` that measures providers on cases, to CSV."""
+def _add_choices(parser: argparse.ArgumentParser, name: str, values, default) -> None:
+    parser.add_argument(
+        name,
+        nargs="+",
+        choices=values,
+        default=default,
+        metavar="NAME",
+        help=f"of {', '.join(values)} (default: {' '.join(default)})",
+    )
 
-    def choices(name, values, default):
-        parser.add_argument(
-            name,
-            nargs="+",
-            choices=values,
-            default=default,
-            metavar="NAME",
-            help=f"of {', '.join(values)} (default: {' '.join(default)})",
-        )
 
-    choices("--operators", list(OPERATORS), list(OPERATORS))
-    choices("--directions", PASSES, PASSES)
-    choices("--dtypes", list(DTYPES), ["bf16"])
-    choices("--providers", list(providers), list(providers))
+def add_case_arguments(parser: argparse.ArgumentParser, operators=tuple(OPERATORS), shapes=DEFAULT_SETS):
+    """The options that say which cases are measured: those that `make_cases` takes."""
+    _add_choices(parser, "--operators", list(operators), list(operators))
+    _add_choices(parser, "--directions", PASSES, PASSES)
+    _add_choices(parser, "--dtypes", list(DTYPES), ["bf16"])
     sets = "; ".join(f"{name}: {shape_set.reason}" for name, shape_set in SHAPE_SETS.items())
     parser.add_argument(
         "--shapes",
@@ -214,6 +208,14 @@ def add_arguments(
         "or sets of them; an operator takes those of its kind "
         f"(default: {' '.join(shapes)}). {sets}",
     )
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, name: str = "bench", providers=tuple(LOADERS)
+) -> None:
+    """The options of a command `name` that measures providers on cases, to CSV."""
+    add_case_arguments(parser)
+    _add_choices(parser, "--providers", list(providers), list(providers))
     out = f"{name}.csv"
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     parser.add_argument(

@@ -180,6 +180,19 @@ def choosing(choices: Choices):
         CHOICES.update(saved)
 
 
+class Noted(Choices):
+    """Choices that note what they were asked for, and what they answered."""
+
+    def __init__(self, entries=None):
+        super().__init__(entries)
+        self.noted = {}
+
+    def __call__(self, heuristic, *arguments):
+        answer = super().__call__(heuristic, *arguments)
+        self.noted[(heuristic.__name__, *arguments)] = answer
+        return answer
+
+
 H100 = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
 
 

@@ -395,9 +395,9 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     return chosen
 
 
-def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
-    """Compiles the launches of the chosen cases for a target, as its table and the heuristics choose
-    them, in a process that will run no kernel.
+def lower(target: str, chosen, instructions: bool = False, choices=None) -> list[Lowered]:
+    """Compiles the launches of the chosen cases for a target, in a process that will run no kernel.
+    `choices` decide them, if given in place of the target's table and the heuristics.
 
     `instructions` counts them as well, which takes the disassembler half a second a kernel.
     """
@@ -410,7 +410,7 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
             counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
 
     triton.runtime.driver.set_active(AbsentDriver(target))
-    choices = heuristics.table.load(target)
+    choices = choices or heuristics.table.load(target)
     with (
         ThreadPoolExecutor(os.cpu_count()) as disassemblers,
         observe(compile_and_inspect),

@@ -263,7 +263,7 @@ def test_a_lost_device_costs_the_row_of_who_lost_it(tmp_path, clock, monkeypatch
     path = tmp_path / "compare.csv"
     peers = [provider(OURS, clock.taking(40.0)), provider("torch", failing)]
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "_check_device", lost)
+        patch.setattr(bench, "check_device", lost)
         with pytest.raises(bench.DeviceLost):
             compared(path, clock, *peers)
     rows = compared(path, clock, *peers, resume=True)
