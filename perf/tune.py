@@ -309,7 +309,7 @@ def sweep(choices: list[Choice], arch: str, path: Path, seconds: float, timer, d
 
 def device_of(device: str):
     """What launch choices know of the device; of an H100, where it is no GPU."""
-    return launch.common.device_facts(torch.device(device, 0)) or H100
+    return launch.common.device_facts(torch.device(device)) or H100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -369,6 +369,37 @@ def test_without_a_gpu_nothing_is_tuned(monkeypatch, capsys, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (None, 0),
+        (bench.DeviceLost("an illegal memory access"), 1),
+        (ValueError("sm_90.json is no table"), bench.USAGE_STATUS),
+        (KeyboardInterrupt(), machine.INTERRUPTED_STATUS),
+    ],
+)
+def test_the_command_tunes_the_gpu_at_hand(raised, status, monkeypatch, tmp_path):
+    def sweep(choices, arch, path, seconds, timer, device):
+        assert [choice.name for choice in choices] == ["row_forward"]
+        assert (arch, path, seconds, timer, device) == (
+            "sm_90",
+            tune.FOLDER / "sm_90.json",
+            60,
+            1,
+            "cuda",
+        )
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(machine, "refusal", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune, "device_of", lambda device: H100)
+    monkeypatch.setattr(tune, "DeviceTimer", lambda: 1)
+    monkeypatch.setattr(tune, "sweep", sweep)
+    options = ("--operators", "normalize", "--directions", "forward", "--shapes", "64x64")
+    assert main(monkeypatch, *options, "--seconds", "60") == status
+
+
 def test_what_cannot_be_tuned_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(monkeypatch, "--dry-run", "--shapes", "64x64") == bench.USAGE_STATUS
