@@ -152,19 +152,19 @@ def _run_weights(case: Case, shapes) -> None:
 
 
 class Instead(Choices):
-    """Choices in which one heuristic has a given answer, whatever its arguments."""
+    """Choices in which some heuristics have given answers, whatever their arguments."""
 
-    def __init__(self, heuristic, answer, entries=None):
+    def __init__(self, answers, entries=None):
         super().__init__(entries)
-        self.heuristic, self.answer = heuristic, answer
+        self.answers = answers
 
     def __call__(self, heuristic, *arguments):
-        if heuristic is self.heuristic:
-            return self.answer
+        if heuristic in self.answers:
+            return self.answers[heuristic]
         return super().__call__(heuristic, *arguments)
 
 
-TEAMS = Instead(heuristics.teams.prefer_teams, True)
+TEAMS = Instead({heuristics.teams.prefer_teams: True})
 """Choices by which teams take whatever they can."""
 
 

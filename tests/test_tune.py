@@ -344,6 +344,29 @@ def test_what_the_compiler_has_against_an_answer():
     assert narrow[0] == "row_forward_resident: x: accesses of 8 bytes"
 
 
+def test_an_answer_is_compiled_with_fewer_images(monkeypatch):
+    """Also where these would be resident, as two images of a BatchNorm in channels_last are."""
+    case = Case("batch_norm", "forward", (8, 64, 16, 16), "bf16", "channels_last")
+    (choice,) = [c for c in tune.asked([case], H100) if c.name == "channel_forward"]
+    (answer, *_) = candidates.neighbours(choice.name, choice.arguments, choice.chosen)
+    assert answer != choice.chosen
+    seen = []
+
+    def lower(target, chosen, choices):
+        def note(kernel, grid, arguments):
+            seen.append((kernel.__name__, arguments["num_warps"]))
+
+        with launches.observe(note), launches.choosing(choices):
+            for small, variant in chosen:
+                launches.run(small, variant)
+        return []
+
+    monkeypatch.setattr(tune, "lower", lower)
+    assert tune.violations("sm_90", H100, choice, answer) == []
+    assert seen[0] == ("channel_moments", answer.num_warps)
+    assert seen[-1] == ("channel_normalize", answer.num_warps)
+
+
 def test_a_dry_run_lists_what_would_be_tried(monkeypatch, capsys):
     def compiled(target, facts, choice, answer):
         return ["row_forward_resident: spills: 8 bytes of stack"] if answer.num_warps == 8 else []
