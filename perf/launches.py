@@ -1,14 +1,16 @@
 """Watching the launches that tritonnorm makes, without a second copy of how it makes them."""
 
 from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 
-from tritonnorm import heuristics, launch
+from tritonnorm import calls, heuristics, launch
 from tritonnorm.dtypes import compute_dtype
 from tritonnorm.formulas import RowOptions
+from tritonnorm.heuristics.table import Choices
 from tritonnorm.launch import Running
-from tritonnorm.launch.common import forget_plans
+from tritonnorm.launch.common import CHOICES, forget_plans
 
 from .shapes import DTYPES, OPERATORS, Case
 
@@ -154,20 +156,71 @@ def _run_weights(case: Case, shapes) -> None:
     launch.weights_backward([torch.ones_like(x) for x in xs], xs, gains, spreads, dims, needed, needed)
 
 
+class Instead(Choices):
+    """Choices in which some heuristics have given answers, whatever their arguments."""
+
+    def __init__(self, answers, entries=None):
+        super().__init__(entries)
+        self.answers = answers
+
+    def __call__(self, heuristic, *arguments):
+        if heuristic in self.answers:
+            return self.answers[heuristic]
+        return super().__call__(heuristic, *arguments)
+
+
+TEAMS = Instead({heuristics.teams.prefer_teams: True, heuristics.teams.prefer_row_teams: True})
+"""Choices by which teams take whatever they can."""
+
+_prepared = WeakKeyDictionary()
+"""The calls that were prepared with other choices than a device's own, by these."""
+
+
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    teams, modules = heuristics.teams, (launch.pieces, launch.row_teams)
-    saved = teams.TEAM_CAPABILITIES, [module.device_facts for module in modules]
-    teams.TEAM_CAPABILITIES = {H100.capability}
+def choosing(choices: Choices):
+    """While open, these choices decide every launch, on the CPU and on all GPUs."""
+    saved = dict(CHOICES)
+    CHOICES.update(dict.fromkeys(range(-1, torch.cuda.device_count()), choices))
+    try:
+        with calls.kept_in(_prepared.setdefault(choices, {})):
+            yield
+    finally:
+        CHOICES.clear()
+        CHOICES.update(saved)
+
+
+class Noted(Choices):
+    """Choices that note what they were asked for, and what they answered."""
+
+    def __init__(self, entries=None):
+        super().__init__(entries)
+        self.noted = {}
+
+    def __call__(self, heuristic, *arguments):
+        answer = super().__call__(heuristic, *arguments)
+        self.noted[(heuristic.__name__, *arguments)] = answer
+        return answer
+
+
+@contextmanager
+def device_facts(facts: heuristics.common.DeviceFacts):
+    """While open, launch choices take the device for this one."""
+    modules = (launch.pieces, launch.row_teams)
+    saved = [module.device_facts for module in modules]
     for module in modules:
-        module.device_facts = lambda device: H100
+        module.device_facts = lambda device: facts
     try:
         yield
     finally:
-        teams.TEAM_CAPABILITIES = saved[0]
-        for module, device_facts in zip(modules, saved[1], strict=True):
-            module.device_facts = device_facts
+        for module, of_module in zip(modules, saved, strict=True):
+            module.device_facts = of_module
+
+
+@contextmanager
+def teams():
+    """While open, teams take whatever they can, as if on an H100."""
+    with device_facts(H100), choosing(TEAMS):
+        yield
 
 
 def in_cluster(case: Case, largest: int = heuristics.rows.LARGEST_CLUSTER) -> bool:
@@ -177,10 +230,11 @@ def in_cluster(case: Case, largest: int = heuristics.rows.LARGEST_CLUSTER) -> bo
 
 
 @contextmanager
-def clusters():
-    """While open, rows are held by clusters, as on an H100 with a Triton that compiles them."""
+def clusters(largest: int = heuristics.rows.LARGEST_CLUSTER):
+    """While open, rows are held by clusters of at most so many blocks, as on an H100 with a Triton that
+    compiles them."""
     saved = launch.rows.largest_cluster
-    launch.rows.largest_cluster = lambda index: heuristics.rows.LARGEST_CLUSTER
+    launch.rows.largest_cluster = lambda index: largest
     try:
         yield
     finally:

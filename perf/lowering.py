@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from tritonnorm import heuristics
 from tritonnorm.launch.common import TRITON_VERSION
 
-from .launches import ACTIVATIONS, H100, in_cluster, observe
+from .launches import ACTIVATIONS, H100, choosing, in_cluster, observe
 from .launches import run as run_case
 from .shapes import (
     BRIEF_OPERATORS,
@@ -387,8 +387,8 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
     holds the most, and is compiled for every length and width and for strided rows; the others for
-    adjacent elements in bfloat16 of BRIEF_SIZES, among which are the longest of each kind. Some of RMSNorm
-    as models round it, and of backward passes from the output."""
+    adjacent elements in bfloat16 of BRIEF_SIZES, among which are the longest of each kind. Some of
+    RMSNorm as models round it, and of backward passes from the output."""
     chosen = []
     for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
         every = operator == "layer_norm" and not brief
@@ -446,8 +446,9 @@ def cluster_cases(target: str, brief: bool = False) -> list[tuple[Case, str | No
     ]
 
 
-def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
+def lower(target: str, chosen, instructions: bool = False, choices=None) -> list[Lowered]:
     """Compiles the launches of the chosen cases for a target, in a process that will run no kernel.
+    `choices` decide them, if given in place of the target's table and the heuristics.
 
     `instructions` counts them as well, which takes the disassembler half a second a kernel.
     """
@@ -460,7 +461,12 @@ def lower(target: str, chosen, instructions: bool = False) -> list[Lowered]:
             counts.append(disassemblers.submit(_instructions, compiled.asm["cubin"]))
 
     triton.runtime.driver.set_active(AbsentDriver(target))
-    with ThreadPoolExecutor(os.cpu_count()) as disassemblers, observe(compile_and_inspect):
+    choices = choices or heuristics.table.load(target)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as disassemblers,
+        observe(compile_and_inspect),
+        choosing(choices),
+    ):
         for case, variant in chosen:
             run_case(case, variant)
     if instructions:

@@ -20,7 +20,7 @@ from test_team import H100
 from tolerances import assert_close
 
 import tritonnorm.functional as tF
-from perf.launches import observe
+from perf.launches import TEAMS, observe
 from tritonnorm import heuristics, launch
 from tritonnorm.kernels import row_team
 
@@ -51,7 +51,8 @@ def allow_teams(monkeypatch):
     """As if they had been measured to be faster."""
     monkeypatch.setattr(launch.rows, "largest_cluster", lambda index: 1)
     facts = H100 if INTERPRETED else launch.common.device_facts(torch.device("cuda"))
-    monkeypatch.setattr(heuristics.teams, "TEAM_CAPABILITIES", {facts.capability})
+    for index in range(-1, torch.cuda.device_count()):
+        monkeypatch.setitem(launch.common.CHOICES, index, TEAMS)
     monkeypatch.setattr(launch.row_teams, "device_facts", lambda device: facts)
     if INTERPRETED:
         monkeypatch.setattr(row_team, "meet", lambda arrivals, count: None)

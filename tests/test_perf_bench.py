@@ -149,7 +149,7 @@ def test_an_error_that_loses_the_device_is_in_its_row(monkeypatch, tmp_path):
     def lost():
         raise bench.DeviceLost
 
-    monkeypatch.setattr(bench, "_check_device", lost)
+    monkeypatch.setattr(bench, "check_device", lost)
     peers = [Provider(name, "1", {"normalize": raising}) for name in ("first", "second")]
     cases = [Case("normalize", "forward", (4, 8), "fp32")]
     path = tmp_path / "bench.csv"

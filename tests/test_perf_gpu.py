@@ -5,24 +5,26 @@ from argparse import ArgumentParser
 import pytest
 from measuring import main
 
-from perf import bench, gpu, machine, shapes
+from perf import bench, compare, gpu, machine, shapes
 
 
 @pytest.mark.parametrize(("tests_status", "status"), [(0, 0), (1, 1)])
-def test_gpu_benchmarks_and_plots_even_if_tests_fail(
+def test_gpu_benchmarks_compares_and_plots_even_if_tests_fail(
     tests_status, status, monkeypatch, tmp_path, capsys
 ):
     steps = []
 
     def step(*arguments, log=None):
         steps.append(arguments)
+        if "compare" in arguments:
+            return compare.LOSS_STATUS  # which is no failure
         return tests_status if "pytest" in arguments else 0
 
     monkeypatch.setattr(machine, "refusal", lambda: None)
     monkeypatch.setattr(gpu, "step", step)
     assert main(monkeypatch, "gpu", "--quick", "--out", tmp_path) == status
     assert [arguments[1:3] for arguments in steps] == [
-        *(("pip", "install"), ("pytest",), ("perf", "bench"), ("perf", "roofline"))
+        *(("pip", "install"), ("pytest",), ("perf", "bench"), ("perf", "compare"), ("perf", "roofline"))
     ]
     assert capsys.readouterr().out.endswith(f"results in {tmp_path}\n")
     parser = ArgumentParser()
@@ -30,6 +32,11 @@ def test_gpu_benchmarks_and_plots_even_if_tests_fail(
     parsed = parser.parse_args(steps[2][3:])
     assert (parsed.shapes, parsed.dtypes) == (list(shapes.QUICK_SETS), ["bf16"])
     assert (machine.ROOT / parsed.out).resolve() == tmp_path / "bench.csv"
+    parser = ArgumentParser()
+    compare.add_arguments(parser)
+    parsed = parser.parse_args(steps[3][3:])
+    assert parsed.shapes == list(shapes.QUICK_SETS)
+    assert (machine.ROOT / parsed.out).resolve() == tmp_path / "compare.csv"
 
 
 def test_gpu_shows_and_keeps_the_output_of_a_step(tmp_path, capfd, monkeypatch):

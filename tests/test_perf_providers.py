@@ -17,7 +17,8 @@ from perf.shapes import (
     ShapeSet,
     parse_shapes,
 )
-from tritonnorm import heuristics
+from tritonnorm import launch
+from tritonnorm.launch.common import CHOICES
 
 
 @by_label([case for dtype in ("bf16", "fp16", "fp32") for case in small_cases(dtype)])
@@ -198,28 +199,28 @@ def test_every_provider_begins_with_the_same_running_statistics():
     assert all(torch.equal(t, b) for t, b in zip(inputs.running, before, strict=True))
 
 
-def test_teams_are_allowed_within_their_providers_calls_alone(monkeypatch):
-    """Forward and backward; and its results are those of the split form."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_teams_are_preferred_within_their_providers_calls_alone(monkeypatch):
+    """Forward and backward; and its results are those of the split form. A call that was prepared and
+    recorded with other choices is not made again."""
     ours, team = providers.LOADERS["tritonnorm"](), providers.LOADERS["tritonnorm.team"]()
-    seen, chosen = [], heuristics.teams.team
+    seen, preferred = [], launch.pieces._prefers_teams
 
     def note(*arguments):
-        seen.append(heuristics.teams.TEAM_CAPABILITIES)
-        return chosen(*arguments)
+        seen.append(preferred(*arguments))
+        return seen[-1]
 
-    monkeypatch.setattr(heuristics.teams, "team", note)
+    monkeypatch.setattr(launch.pieces, "_prefers_teams", note)
     case = Case("batch_norm", "backward", (4, 32, 16, 16), "fp32")
     inputs = providers.make_inputs(case, "cpu")
-    expected = providers.make_call(ours, case, inputs)()
+    for _ in range(5):
+        expected = providers.make_call(ours, case, inputs)()
     unaware = len(seen)
     found = providers.make_call(team, case, inputs)()
     if INTERPRETED:  # elsewhere PyTorch's operators serve CPU tensors
         assert 0 < unaware < len(seen)
-    assert all(not capabilities for capabilities in seen[:unaware])
-    assert all(capabilities == {(9, 0)} for capabilities in seen[unaware:])
-    assert not heuristics.teams.TEAM_CAPABILITIES
+    assert not any(seen[:unaware])
+    assert all(seen[unaware:])
+    assert CHOICES[-1] is not launches.TEAMS
     torch.testing.assert_close(found, expected)
 
 

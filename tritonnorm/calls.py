@@ -6,7 +6,7 @@ dictionary. All others, and all that are refused, take the way through the funct
 tenth of a microsecond counts here: it is the host time of all calls.
 """
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.autograd import forward_ad
@@ -14,7 +14,19 @@ from torch.autograd import forward_ad
 from .launch.common import MOST_PLANS, forgotten_with_plans
 
 _calls = {}
-forgotten_with_plans(_calls.clear)
+forgotten_with_plans(lambda: _calls.clear())
+
+
+@contextmanager
+def kept_in(other: dict):
+    """While open, calls are kept in another place: for who changes what they depend on."""
+    global _calls
+    saved, _calls = _calls, other
+    try:
+        yield
+    finally:
+        _calls = saved
+
 
 EAGER = (torch.Tensor, torch.nn.Parameter)
 """Types of tensors that dispatch nothing by themselves."""

@@ -61,13 +61,14 @@ def registers(warps: int, itemsize: int) -> int | None:
     return min(WIDE_REGISTERS, SM_REGISTERS // (warps * WARP)) if itemsize == 8 else None
 
 
-def partials(steps: int, program_bytes: int, traffic: int) -> int:
-    """Programs that share so many steps, each leaving `program_bytes` of partial parameter gradients, in
-    a backward pass that moves `traffic` bytes."""
+def partials(steps: int, program_bytes: int, traffic: int, programs: int | None = None) -> int:
+    """Programs, at most `programs` or MAX_PARTIALS, that share so many steps, each leaving
+    `program_bytes` of partial parameter gradients, in a backward pass that moves `traffic` bytes."""
+    most = MAX_PARTIALS if programs is None else programs
     if program_bytes == 0:
-        return min(steps, MAX_PARTIALS)
+        return min(steps, most)
     share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
-    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), MAX_PARTIALS), 1)
+    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), most), 1)
 
 
 def fold(partials: int) -> RowTile:

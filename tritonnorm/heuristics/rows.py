@@ -2,6 +2,7 @@
 
 from math import ceil
 
+from . import common
 from .common import MIN_WARPS, WARP, DeviceFacts, RowTile, partials, power_of_two, warps
 
 FORWARD_ELEMENTS = 16
@@ -128,7 +129,15 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
     )
 
 
-def row_partials(m: int, n: int, itemsize: int, parameters: int, rows: int) -> int:
-    """Programs that walk through m rows, `rows` at a step, each leaving partial gradients of
-    `parameters` (0 to 2) parameters of n elements."""
-    return partials(ceil(m / rows), parameters * n * max(itemsize, 4), 3 * m * n * itemsize)
+def row_programs(n: int, itemsize: int, strided: bool) -> int:
+    """Programs, at most, that walk through rows of n elements in the backward pass."""
+    return common.MAX_PARTIALS
+
+
+def row_partials(
+    m: int, n: int, itemsize: int, parameters: int, rows: int, programs: int | None = None
+) -> int:
+    """Programs, of at most so many, that walk through m rows, `rows` at a step, each leaving partial
+    gradients of `parameters` (0 to 2) parameters of n elements."""
+    program_bytes = parameters * n * max(itemsize, 4)
+    return partials(ceil(m / rows), program_bytes, 3 * m * n * itemsize, programs)

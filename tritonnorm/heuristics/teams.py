@@ -6,10 +6,6 @@ from math import ceil
 from .channels import Pieces
 from .common import SM_REGISTERS, WARP, WIDE_REGISTERS, DeviceFacts
 
-TEAM_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
-"""Compute capabilities on which teams were measured to be faster than the split form: none so far.
-`python -m perf bench --providers tritonnorm tritonnorm.team` measures."""
-
 TEAM_PROGRAMS, TEAM_REGISTERS = 4, 128
 """Programs of a team's launch on an SM, all of which must be running, and registers a thread that leave
 room for them at 4 warps each."""
@@ -41,12 +37,18 @@ class RowTeam:
     teams: int
 
 
+def prefer_row_teams(backward: bool, n: int, itemsize: int) -> bool:
+    """Whether teams are faster than two reads, for rows of n elements that neither a program nor a
+    cluster holds. Nowhere, unless the table of an architecture says so: no GPU has measured them yet."""
+    return False
+
+
 def row_team(
     n: int, itemsize: int, slab: dict[int, int], walks: int, device: DeviceFacts | None
 ) -> RowTeam | None:
     """How teams take rows of n elements, in so many walks through the rows; None where they do not. No
     result depends on the number of teams, nor does anything else on that of the walks."""
-    if device is None or device.capability not in TEAM_CAPABILITIES:
+    if device is None:
         return None
     block_n, registers = slab[itemsize], ROW_TEAM_REGISTERS[itemsize]
     width = ceil(n / block_n)
@@ -68,6 +70,20 @@ class Team:
     width: int
 
 
+def magnitude(sizes: tuple[int, int, int], cg: int, over_batch: bool) -> int:
+    """The elements of a set of cg channels, rounded up to a power of two: its exponent."""
+    n, _, s = sizes
+    return (cg * s * (n if over_batch else 1) - 1).bit_length()
+
+
+def prefer_teams(
+    backward: bool, magnitude: int, itemsize: int, adjacent: str | None, over_batch: bool
+) -> bool:
+    """Whether teams are faster than the split form, for sets of 2^magnitude elements or a little less.
+    Nowhere, unless the table of an architecture says so: no GPU has measured them yet."""
+    return False
+
+
 def team(
     sizes: tuple[int, int, int],
     cg: int,
@@ -76,9 +92,10 @@ def team(
     element_bytes: int,
     device: DeviceFacts | None,
 ) -> Team | None:
-    """How teams take the pieces of sets of cg channels; None for the split form. `sizes` are (n, c, s),
-    and `element_bytes` those of all tensors that are read twice. No result depends on this choice."""
-    if device is None or device.capability not in TEAM_CAPABILITIES:
+    """How teams take the pieces of sets of cg channels, where they are preferred; None if they cannot.
+    `sizes` are (n, c, s), and `element_bytes` those of all tensors that are read twice. No result
+    depends on this choice."""
+    if device is None:
         return None
     n, c, s = sizes
     blocks = _channel_blocks(c, cg, pieces.block_c)

@@ -17,7 +17,15 @@ from ..kernels import channel as channel_kernels
 from ..kernels import group as group_kernels
 from ..views import channel_view, common_alignment
 from . import pieces
-from .common import Kernel, fold_parameters, is_written, on_device, parameter_partials, planned
+from .common import (
+    CHOICES,
+    Kernel,
+    fold_parameters,
+    is_written,
+    on_device,
+    parameter_partials,
+    planned,
+)
 from .pieces import Sets
 
 channel_gradient_sums = Kernel(channel_kernels.channel_gradient_sums)
@@ -33,8 +41,9 @@ def _dense_format(x):
 
 
 @planned
-def _make_sets(shape, groups, over_batch, strides, align) -> Sets:
-    return Sets(channel_view(shape, over_batch, strides), align, shape[1] // groups, over_batch)
+def _make_sets(shape, groups, over_batch, strides, align, choices) -> Sets:
+    view = channel_view(shape, over_batch, strides)
+    return Sets(view, align, shape[1] // groups, over_batch, choices)
 
 
 def _sets(over, groups, inputs, output):
@@ -53,7 +62,8 @@ def _sets(over, groups, inputs, output):
         strides = tuple([t.stride() for t in tensors])
         view = channel_view(shape, over_batch, strides)
     align = common_alignment(view, tensors)
-    return _make_sets(shape, groups, over_batch, strides, align), inputs, output
+    choices = CHOICES[inputs[0].get_device()]
+    return _make_sets(shape, groups, over_batch, strides, align, choices), inputs, output
 
 
 @planned
@@ -61,7 +71,8 @@ def _resident(sets: Sets, heuristic, itemsize) -> heuristics.channels.GroupTile 
     """The tile of sets that one program holds; None if it cannot."""
     if sets.over_batch and sets.view.n > 1:
         return None
-    return heuristic(sets.cg, sets.view.c // sets.cg, sets.view.s, itemsize, sets.view.adjacent)
+    view = sets.view
+    return sets.choices(heuristic, sets.cg, view.c // sets.cg, view.s, itemsize, view.adjacent)
 
 
 @planned

@@ -21,7 +21,7 @@ FP_FUSION = {"enable_fp_fusion": True}
 MOST_PLANS = 4096
 """Plans, at most, that are kept of a kind: shapes come again at every step of a training, or never."""
 
-_forget = []
+_plans, _forget = [], []
 
 
 def forgotten_with_plans(forget):
@@ -33,12 +33,14 @@ def planned(function):
     """Keeps the answers of a function of sizes, strides and dtypes: they come again at every step of a
     training, and cost more than the launch that they are for."""
     kept = lru_cache(maxsize=MOST_PLANS)(function)
-    forgotten_with_plans(kept.cache_clear)
+    _plans.append(kept)
     return kept
 
 
 def forget_plans():
     """For who changes heuristics, as tests do."""
+    for plan in _plans:
+        plan.cache_clear()
     for forget in _forget:
         forget()
 
@@ -140,6 +142,23 @@ def largest_cluster(index: int) -> int:
     """Blocks of the largest cluster that a GPU and this Triton can make; -1 is the CPU, with none."""
     device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")
     return heuristics.rows.largest_cluster(device_facts(device), TRITON_VERSION)
+
+
+class _ByDevice(dict):
+    """Choices by the number of a device, which is -1 for the CPU. Found at the first launch there."""
+
+    def __missing__(self, index: int) -> heuristics.table.Choices:
+        arch = None
+        # ROCm's capabilities are numbers of another kind.
+        if index >= 0 and torch.version.hip is None and not triton.knobs.runtime.interpret:
+            major, minor = device_facts(torch.device("cuda", index)).capability
+            arch = f"sm_{major}{minor}"
+        self[index] = heuristics.table.load(arch)
+        return self[index]
+
+
+CHOICES = _ByDevice()
+"""What decides launches on the device of x: `CHOICES[x.get_device()]`. Plans are kept by it."""
 
 
 def parameter_partials(x, programs: int, n: int, dtypes):

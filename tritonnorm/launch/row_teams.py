@@ -6,18 +6,19 @@ from .. import heuristics
 from ..dtypes import compute_dtype
 from ..kernels import row_team as row_team_kernels
 from ..views import RowView
-from .common import Kernel, device_facts
+from .common import CHOICES, Kernel, device_facts
 
 row_team_backward = Kernel(row_team_kernels.row_team_backward)
 row_team_forward = Kernel(row_team_kernels.row_team_forward)
 
 
-def _team(view: RowView, x, slab, walks: int) -> heuristics.teams.RowTeam | None:
+def _team(view: RowView, x, backward: bool, walks: int) -> heuristics.teams.RowTeam | None:
     """The team that takes the rows of x; None where none does. Strided rows have no slabs."""
-    if view.strided:
+    teams, itemsize = heuristics.teams, x.element_size()
+    if view.strided or not CHOICES[x.get_device()](teams.prefer_row_teams, backward, view.n, itemsize):
         return None
-    device = device_facts(x.device)
-    return heuristics.teams.row_team(view.n, x.element_size(), slab, walks, device)
+    slab = teams.ROW_BACKWARD_SLAB if backward else teams.ROW_FORWARD_SLAB
+    return teams.row_team(view.n, itemsize, slab, walks, device_facts(x.device))
 
 
 def _in_team(team: heuristics.teams.RowTeam, view: RowView, x):
@@ -44,7 +45,7 @@ def forward(view: RowView, operands) -> bool:
     """Computes y and the statistics of `operands`, the arguments of a looped launch, unless there is no
     team for the rows."""
     x = operands["x_ptr"]
-    team = _team(view, x, heuristics.teams.ROW_FORWARD_SLAB, view.m)
+    team = _team(view, x, False, view.m)
     if team is None:
         return False
     grid, arguments = _in_team(team, view, x)
@@ -60,7 +61,7 @@ def backward(view: RowView, walks: int, operands) -> bool:
     """Computes dx and the partial gradients of so many walks of `operands`, the arguments of a split
     launch, unless there is no team for the rows."""
     x = operands["x_ptr"]
-    team = _team(view, x, heuristics.teams.ROW_BACKWARD_SLAB, walks)
+    team = _team(view, x, True, walks)
     if team is None:
         return False
     grid, arguments = _in_team(team, view, x)

@@ -15,6 +15,7 @@ from ..kernels import row as row_kernels
 from ..views import RowView, common_alignment, row_view
 from . import row_teams
 from .common import (
+    CHOICES,
     FP_FUSION,
     Kernel,
     fold_parameters,
@@ -42,11 +43,13 @@ class _Plan(NamedTuple):
     arguments: dict  # of every kernel
 
 
-def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, cluster) -> _Plan | None:
+def _make_plan(
+    shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster
+) -> _Plan | None:
     view = row_view(shape, normalized_dims, strides)
     if view is None:
         return None
-    tile = heuristic(view.n, itemsize, view.strided, cluster)
+    tile = choices(heuristic, view.n, itemsize, view.strided, cluster)
     arguments = dict(
         x_strides=view.strides[0],
         M=view.m,
@@ -67,23 +70,24 @@ def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, cl
 
 
 @planned
-def _plan_forward(shape, normalized_dims, strides, options, itemsize, cluster):
+def _plan_forward(shape, normalized_dims, strides, options, itemsize, choices, cluster):
     heuristic = heuristics.rows.row_forward
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, cluster)
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
     if plan is not None:
         plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
     return plan
 
 
 @planned
-def _plan_backward(shape, normalized_dims, strides, options, itemsize, cluster, parameters):
+def _plan_backward(shape, normalized_dims, strides, options, itemsize, choices, cluster, parameters):
     heuristic = heuristics.rows.row_backward
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, cluster)
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
     if plan is None:
         return None
     plan.arguments.update(dy_strides=plan.view.strides[1])
     view = plan.view
-    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
+    most = choices(heuristics.rows.row_programs, view.n, itemsize, view.strided)
+    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows, most)
     return plan._replace(programs=programs)
 
 
@@ -91,8 +95,9 @@ def _plan_rows(make, inputs, output, normalized_dims, options, *others):
     """The plan that `make` has for inputs and output (or None), and what it is for: the tensors
     themselves or, where they have no view in common, contiguous ones in their stead."""
     first = inputs[0]
-    cluster = largest_cluster(first.get_device())
-    shape, others = first.shape, (options, first.element_size(), cluster, *others)
+    device = first.get_device()
+    others = options, first.element_size(), CHOICES[device], largest_cluster(device), *others
+    shape = first.shape
     tensors = inputs if output is None else (*inputs, output)
     plan = make(shape, normalized_dims, tuple([t.stride() for t in tensors]), *others)
     if plan is None:
