@@ -8,6 +8,7 @@ channels of a group, the images of a batch) is not known here: pieces leave part
 import triton
 import triton.language as tl
 
+from .names import kernel
 from .primitives import bytes_of, compute_dtype, input_gradient, inverse_deviation
 
 
@@ -140,7 +141,7 @@ def load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype:
     return mean, rstd
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS"])
+@kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS"])
 def channel_moments(
     x_ptr,  # [N, C, S]
     mean_partial_ptr,  # [pieces, C], float64
@@ -199,7 +200,7 @@ def channel_moments(
     tl.store(squares_partial_ptr + partial, squares, present)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
+@kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
 def channel_normalize(
     x_ptr,  # [N, C, S]
     y_ptr,  # [N, C, S]
@@ -251,7 +252,7 @@ def channel_normalize(
             store_tile(y_ptr, y, n, channels, positions, mask, y_strides, ADJACENT, ALIGN)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
+@kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
 def channel_gradient_sums(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]
@@ -312,7 +313,7 @@ def channel_gradient_sums(
     tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=1), present)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
+@kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
 def channel_input_gradient(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]

@@ -8,6 +8,7 @@ channels; without, it folds BLOCK_C sets of a channel each.
 import triton
 import triton.language as tl
 
+from .names import kernel
 from .primitives import inverse_deviation, times
 
 
@@ -22,7 +23,7 @@ def column_sum(partial_ptr, cols, mask, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["P"])
+@kernel(do_not_specialize=["P"])
 def fold_parameter_gradients(
     dweight_partial_ptr,  # [P, N] or None
     dbias_partial_ptr,  # [P, N] or None
@@ -156,7 +157,7 @@ def locate_set(program, C, CG, SETS, PIECES, ONE_SET: tl.constexpr, BLOCK_C: tl.
     return image * PIECES, first, last, sets, mask
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "CG", "SETS", "IMAGES", "POSITIONS", "PIECES"])
+@kernel(do_not_specialize=["N", "C", "S", "CG", "SETS", "IMAGES", "POSITIONS", "PIECES"])
 def fold_moments(
     mean_partial_ptr,  # [pieces, C], float64
     squares_partial_ptr,  # [pieces, C]
@@ -256,7 +257,7 @@ def set_gradient_means(
     return c1, c2
 
 
-@triton.jit(do_not_specialize=["C", "CG", "SETS", "PIECES"])
+@kernel(do_not_specialize=["C", "CG", "SETS", "PIECES"])
 def fold_gradient_means(
     dweight_partial_ptr,  # [pieces, C]
     dbias_partial_ptr,  # [pieces, C]

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .channel import known_to_divide, load_channels, load_tile, set_numbers, store_tile, tile_mask
 from .fold import update_running
+from .names import kernel
 from .primitives import compute_dtype, input_gradient, inverse_deviation, times
 
 
@@ -37,7 +38,7 @@ def center_groups(x, mask, inverse_count, CG: tl.constexpr, GROUPS: tl.constexpr
     return mean, tl.where(mask, x - mean[:, None], 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S"])
+@kernel(do_not_specialize=["N", "C", "S"])
 def group_forward(
     x_ptr,  # [N, C, S]
     y_ptr,  # [N, C, S]
@@ -116,7 +117,7 @@ def group_forward(
     )
 
 
-@triton.jit(do_not_specialize=["N", "C", "S"])
+@kernel(do_not_specialize=["N", "C", "S"])
 def group_backward(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]

@@ -4,9 +4,9 @@ NORM is "layer" (mean and variance), "rms" (mean of squares) or "l2" (Euclidean 
 A row is resident (held in registers, one read) or looped over (a second read).
 """
 
-import triton
 import triton.language as tl
 
+from .names import kernel
 from .primitives import (
     affine,
     center,
@@ -25,7 +25,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def row_forward_resident(
     x_ptr,  # [M, N]
     y_ptr,  # [M, N]
@@ -74,7 +74,7 @@ def row_forward_resident(
     store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def row_forward_looped(
     x_ptr,  # [M, N]
     y_ptr,  # [M, N]
@@ -144,7 +144,7 @@ def row_forward_looped(
         store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def row_gradient_means(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, N]; with SAVED "y" that is y
@@ -195,7 +195,7 @@ def row_gradient_means(
     tl.store(c2_ptr + rows, c2, rows < M)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def row_backward(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, N]; with SAVED "y" that is y

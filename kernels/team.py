@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .channel import channel_gradient_sums, channel_input_gradient, channel_moments, channel_normalize
 from .fold import fold_gradient_means, fold_moments
+from .names import kernel
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def unit_folds(unit, C, CG, BLOCKS, ONE_SET: tl.constexpr, BLOCK_C: tl.constexpr
     return image * tl.cdiv(C, width) + first // width, tl.cdiv(channels, width)
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "SETS", "IMAGES", "STEPS", "PIECES"])
+@kernel(do_not_specialize=["N", "C", "S", "SETS", "IMAGES", "STEPS", "PIECES"])
 def team_forward(
     x_ptr,  # [N, C, S]
     y_ptr,  # [N, C, S]
@@ -186,7 +187,7 @@ def team_forward(
             )
 
 
-@triton.jit(do_not_specialize=["N", "C", "S", "SETS", "IMAGES", "STEPS", "PIECES"])
+@kernel(do_not_specialize=["N", "C", "S", "SETS", "IMAGES", "STEPS", "PIECES"])
 def team_backward(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .channel import load_channels, load_tile, locate, store_tile, tile_mask
 from .fold import column_sum
+from .names import kernel
 from .primitives import compute_dtype, input_gradient, square_root
 
 FIRST_SIZE = tl.constexpr(1)
@@ -94,7 +95,7 @@ def forward_tile(
         tl.store(spread_ptr + channels, spread, present)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "C", "S"])
+@kernel(do_not_specialize=["TENSORS", "C", "S"])
 def weight_forward(
     x_ptr,  # [C, S]
     y_ptr,  # [C, S]
@@ -169,7 +170,7 @@ def backward_tile(
         tl.store(dgain_ptr + channels, dgain, present)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "C", "S"])
+@kernel(do_not_specialize=["TENSORS", "C", "S"])
 def weight_backward(
     dy_ptr,  # [C, S]
     x_ptr,  # [C, S]
@@ -236,7 +237,7 @@ def sum_of_pieces(
     return column_sum(partial_ptr, channels, present, pieces, C, BLOCK_P, channels.shape[0])
 
 
-@triton.jit(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
+@kernel(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
 def weight_squares(
     x_ptr,  # [N, C, S]
     squares_partial_ptr,  # [pieces, C]
@@ -279,7 +280,7 @@ def weight_squares(
     tl.store(squares_partial_ptr + partial, tl.sum(squares, axis=1), present)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
+@kernel(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
 def weight_normalize(
     x_ptr,  # [N, C, S]
     y_ptr,  # [N, C, S]
@@ -334,7 +335,7 @@ def weight_normalize(
             tl.store(spread_ptr + channels, spread, present)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
+@kernel(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
 def weight_gradient_sums(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]
@@ -383,7 +384,7 @@ def weight_gradient_sums(
     tl.store(dgain_partial_ptr + partial, tl.sum(dgain, axis=1), present)
 
 
-@triton.jit(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
+@kernel(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
 def weight_input_gradient(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]

@@ -6,13 +6,16 @@ import sys
 
 COMMANDS = {
     "bench": "time every operator beside PyTorch and the installed peers, to CSV (needs a GPU)",
+    "compare": "wins, ties and losses beside every installed peer, alternating (needs a GPU)",
+    "tune": "sweep launch choices, and write those that are faster into a table (needs a GPU)",
     "predict": "the time that passes should take, by a model from the compiled kernels (no GPU)",
     "roofline": "draw a CSV of `bench` or `predict` as bandwidth against size, to PNG and SVG",
     "lowering": "registers, spills, access width, gates and predicted times, compiled (no GPU)",
     "traffic": "bytes moved against the floor, counted in the interpreter (no GPU)",
+    "profile": "what bounds the kernels of one operator: ncu, proton or torch.profiler (needs a GPU)",
     "overhead": "host time of a call beside that of torch.nn.functional (no GPU, or one)",
     "demo": "train three small models with torch's norms and with ours, and compare the losses",
-    "gpu": "on a GPU machine: install in place, test, benchmark, plot",
+    "gpu": "on a GPU machine: install in place, test, benchmark, compare, plot",
 }
 
 

@@ -23,6 +23,9 @@ LABEL, BRANCH = r"^(\$L__BB\w+):", r"\bbra(?:\.uni)?\s+(\$L__BB\w+)"
 DIVISION = r"(div|rem)\.[su](32|64)\b"
 """Of integers, by a number that is not known when it is compiled: others are multiplications."""
 
+BARRIERS = ("bar.sync", "barrier.sync", "barrier.cluster.wait")
+"""Of a block's warps, and of a cluster's."""
+
 SASS_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+((?!NOP).*?);"
 SASS_ACCESS = r"\b(LDG|STG|ATOMG|ATOM|RED|REDG)\b"
 
@@ -113,7 +116,7 @@ def read_ptx(ptx: str, pointers: dict[int, str]) -> tuple[dict[str, list[int]], 
             sources[match[1]].append(int(match[2]))
         elif branch := re.search(BRANCH, text):
             branches.append((number, branch[1]))
-        elif text.startswith(("bar.sync", "barrier.sync")):
+        elif text.startswith(BARRIERS):
             barriers.append(number)
         elif match := re.match(r"[a-z][\w.:]*\s+(%\w+),\s*(.*)", text):
             sources[match[1]].append(re.findall(r"%[a-z]+\d+", match[2]))

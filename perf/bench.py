@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from . import devices, machine
 from .predictions import in_own_process, unexpected
 from .providers import LOADERS, Provider, describe, load, make_call, make_copy, make_inputs, max_error
 from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, make_cases, parse_shapes
-from .table import Table, case_fields, summary
+from .table import OURS, Table, case_fields, summary
 from .timer import DeviceTimer, Timing
 from .traffic import floor_bytes
 
@@ -35,6 +36,7 @@ PREDICTING_SHARE = 0.5
 """Part of the time of a run that may go into predictions. What they compile is not compiled again."""
 
 Timer = Callable[[Callable], Timing]
+MeasureCase = Callable[..., Iterator[str]]
 
 
 class DeviceLost(RuntimeError):
@@ -60,27 +62,33 @@ class Progress:
             print(f"{self.done}/{self.total} {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _timed(case: Case, timing: Timing) -> dict:
+def timed(case: Case, timing: Timing) -> dict:
     """The figures of a timing; times to a nanosecond, which is finer than the events' clock."""
     times = {name: f"{value:.3f}" for name, value in asdict(timing).items()}
     gbps = floor_bytes(case) / timing.median_us / 1e3
     return {**times, "gbps": f"{gbps:.1f}", "status": "ok"}
 
 
-def _copy(case: Case, timer: Timer, device) -> dict:
-    return _timed(case, timer(make_copy(case, device)))
-
-
-def _measure(provider: Provider, case: Case, inputs, timer: Timer) -> dict:
-    call = make_call(provider, case, inputs)
-    error = max_error(case, inputs, call())
-    result = {**_timed(case, timer(call)), "max_error": f"{error:.2e}"}
+def checked(case: Case, inputs, outputs) -> dict:
+    """How far outputs are from the reference, and what becomes of a row if that is too far."""
+    error = max_error(case, inputs, outputs)
+    result = {"max_error": f"{error:.2e}"}
     if not error <= TOLERANCES[case.dtype]:
         result |= {"status": "wrong", "error": f"max_error above {TOLERANCES[case.dtype]:.0e}"}
     return result
 
 
-def _attempt(measurement: Callable[..., dict], *arguments) -> dict:
+def _copy(case: Case, timer: Timer, device) -> dict:
+    return timed(case, timer(make_copy(case, device)))
+
+
+def _measure(provider: Provider, case: Case, inputs, timer: Timer) -> dict:
+    call = make_call(provider, case, inputs)
+    check = checked(case, inputs, call())
+    return timed(case, timer(call)) | check
+
+
+def attempt(measurement: Callable[..., dict], *arguments) -> dict:
     """A measurement's figures, or the error in their place."""
     try:
         return measurement(*arguments)
@@ -88,7 +96,7 @@ def _attempt(measurement: Callable[..., dict], *arguments) -> dict:
         return {"status": "error", "error": describe(error)}
 
 
-def _check_device() -> None:
+def check_device() -> None:
     """Raises DeviceLost if an earlier error ended the context; otherwise frees what the error held."""
     if not torch.cuda.is_available():
         return
@@ -104,30 +112,31 @@ def missing(case: Case, providers: list[Provider], table: Table) -> list[Provide
     return [p for p in providers if p.offers(case) and table.find(case, p.name) is None]
 
 
+def add_row(table: Table, case: Case, name: str, version: str, result: dict) -> None:
+    """Adds the row of a provider. That of the copy is there before, or the row has no fraction of it.
+
+    Raises DeviceLost after a row that tells of the error.
+    """
+    about = dict(provider=name, provider_version=version, floor_bytes=floor_bytes(case))
+    copy = result if name == "copy" else table.find(case, "copy")
+    if copy and "median_us" in result and copy.get("median_us"):
+        fraction = float(copy["median_us"]) / float(result["median_us"])
+        about["fraction_of_copy"] = f"{fraction:.4f}"
+    table.add(**case_fields(case), **about, **result)
+    if result["status"] == "error":
+        check_device()
+
+
 def measure_case(
-    case: Case, providers, timer: Timer, device, table: Table, predicted=None
+    case: Case, providers, timer: Timer, device, table: Table, predictions=None
 ) -> Iterator[str]:
     """Adds a row for a copy, then for each provider; yields the name after each. tritonnorm's has what
-    was predicted, (us, bound).
+    `predictions`, those of `in_own_process`, say of the case.
 
     Raises DeviceLost after the row that tells of the error.
     """
-
-    def add(provider, version, result):
-        about = dict(provider=provider, provider_version=version, floor_bytes=floor_bytes(case))
-        if "median_us" in result and "median_us" in copy:
-            fraction = float(copy["median_us"]) / float(result["median_us"])
-            about["fraction_of_copy"] = f"{fraction:.4f}"
-        if provider == "tritonnorm" and predicted:
-            about |= {"predicted_us": f"{predicted[0]:.3f}", "bound": predicted[1]}
-        table.add(**case_fields(case), **about, **result)
-        if result["status"] == "error":
-            _check_device()
-
-    copy = table.find(case, "copy")
-    if copy is None:
-        copy = _attempt(_copy, case, timer, device)
-        add("copy", "", copy)
+    if table.find(case, "copy") is None:
+        add_row(table, case, "copy", "", attempt(_copy, case, timer, device))
         yield "copy"
     try:
         inputs = make_inputs(case, device) if providers else None
@@ -135,16 +144,24 @@ def measure_case(
     except Exception as error:  # out of memory, and then for every provider
         failure = {"status": "error", "error": describe(error)}
     for p in providers:
-        add(p.name, p.version, failure or _attempt(_measure, p, case, inputs, timer))
+        result = failure or attempt(_measure, p, case, inputs, timer)
+        if p.name == OURS and predictions and case in predictions:
+            us, bound = predictions[case]
+            result = result | {"predicted_us": f"{us:.3f}", "bound": bound}
+        add_row(table, case, p.name, p.version, result)
         yield p.name
 
 
 def measure(
-    cases, providers, timer: Timer, device, table: Table, seconds: float, predictions=None
+    cases,
+    providers,
+    timer: Timer,
+    device,
+    table: Table,
+    seconds: float,
+    measure_case: MeasureCase = measure_case,
 ) -> None:
-    """Measures what the table lacks of these cases; starts no case after so many seconds. `predictions`
-    are those of `in_own_process`."""
-    predictions = predictions or {}
+    """Measures what the table lacks of these cases; starts no case after so many seconds."""
     end = time.monotonic() + seconds
     progress = Progress(
         sum(len(missing(c, providers, table)) + (table.find(c, "copy") is None) for c in cases)
@@ -153,8 +170,7 @@ def measure(
         if time.monotonic() > end:
             print(f"{seconds:.0f} s are over: the rest of the cases is left out", file=sys.stderr)
             return
-        lacking = missing(case, providers, table)
-        for name in measure_case(case, lacking, timer, device, table, predictions.get(case)):
+        for name in measure_case(case, missing(case, providers, table), timer, device, table):
             progress.step(f"{case.label} {name}")
 
 
@@ -164,7 +180,7 @@ def _predictions(
     """What tritonnorm's rows should take, of those that the table lacks, if a GPU of that name has a
     model."""
     device = devices.find(name)
-    ours = [p for p in providers if p.name == "tritonnorm"]
+    ours = [p for p in providers if p.name == OURS]
     lacking = [case for case in cases if missing(case, ours, table)]
     if device is None or not lacking:
         return {}
@@ -172,32 +188,42 @@ def _predictions(
     return in_own_process(lacking, device, PREDICTING_SHARE * seconds)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def choices(name, values, default):
-        parser.add_argument(
-            name,
-            nargs="+",
-            choices=values,
-            default=default,
-            metavar="NAME",
-            help=f"of {', '.join(values)} (default: {' '.join(default)})",
-        )
+def _add_choices(parser: argparse.ArgumentParser, name: str, values, default) -> None:
+    parser.add_argument(
+        name,
+        nargs="+",
+        choices=values,
+        default=default,
+        metavar="NAME",
+        help=f"of {', '.join(values)} (default: {' '.join(default)})",
+    )
 
-    choices("--operators", list(OPERATORS), list(OPERATORS))
-    choices("--directions", PASSES, PASSES)
-    choices("--dtypes", list(DTYPES), ["bf16"])
-    choices("--providers", list(LOADERS), list(LOADERS))
-    sets = "; ".join(f"{name}: {shapes.reason}" for name, shapes in SHAPE_SETS.items())
+
+def add_case_arguments(parser: argparse.ArgumentParser, operators=tuple(OPERATORS), shapes=DEFAULT_SETS):
+    """The options that say which cases are measured: those that `make_cases` takes."""
+    _add_choices(parser, "--operators", list(operators), list(operators))
+    _add_choices(parser, "--directions", PASSES, PASSES)
+    _add_choices(parser, "--dtypes", list(DTYPES), ["bf16"])
+    sets = "; ".join(f"{name}: {shape_set.reason}" for name, shape_set in SHAPE_SETS.items())
     parser.add_argument(
         "--shapes",
         nargs="+",
-        default=list(DEFAULT_SETS),
+        default=list(shapes),
         metavar="SHAPE",
         help="ROWSxCOLUMNS, IMAGESxCHANNELS[xSPATIAL...][:GROUPS], [LAYERSx]OUTPUTSxINPUTS[xKERNEL...], "
         "or sets of them; an operator takes those of its kind "
-        f"(default: {' '.join(DEFAULT_SETS)}). {sets}",
+        f"(default: {' '.join(shapes)}). {sets}",
     )
-    parser.add_argument("--out", type=Path, default=Path("bench.csv"), help="default: bench.csv")
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, name: str = "bench", providers=tuple(LOADERS)
+) -> None:
+    """The options of a command `name` that measures providers on cases, to CSV."""
+    add_case_arguments(parser)
+    _add_choices(parser, "--providers", list(providers), list(providers))
+    out = f"{name}.csv"
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows of --out, measure the others"
     )
@@ -205,29 +231,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments) -> int:
+    """`python -m perf bench`."""
+    return run_command(arguments, "bench", arguments.providers, measure_case, _report, _predictions)
+
+
+def _report(rows, _) -> int:
+    print(summary(rows))
+    print(unexpected(rows))
+    return int(any(row.get("status") != "ok" for row in rows if row["provider"] == OURS))
+
+
+def run_command(
+    arguments,
+    name: str,
+    provider_names,
+    measure_case: MeasureCase,
+    report: Callable,
+    predict: Callable | None = None,
+) -> int:
+    """Measures what the arguments of a command ask for; its status, which is that of `report(rows,
+    arguments)` if nothing else ends it. What `predict` finds, if given, `measure_case` is handed as its
+    `predictions`."""
     started = time.monotonic()
     try:
         shape_sets = parse_shapes(arguments.shapes)
         cases = make_cases(arguments.operators, arguments.directions, arguments.dtypes, shape_sets)
         if reason := machine.refusal():
-            print(f"bench: {reason}", file=sys.stderr)
+            print(f"{name}: {reason}", file=sys.stderr)
             return machine.NO_DEVICE_STATUS
         command = f"python -m perf {shlex.join(sys.argv[1:])}"
         facts = machine.facts()
         table = Table(arguments.out, {**facts, "command": command}, arguments.resume)
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return USAGE_STATUS
 
-    providers, absent = load(arguments.providers)
-    for name, reason in absent.items():
-        print(f"absent: {name} ({reason})", file=sys.stderr)
-        if table.find(None, name) is None:
-            table.add(provider=name, status="absent", error=reason)
+    providers, absent = load(provider_names)
+    for provider, reason in absent.items():
+        print(f"absent: {provider} ({reason})", file=sys.stderr)
+        if table.find(None, provider) is None:
+            table.add(provider=provider, status="absent", error=reason)
     try:
-        predictions = _predictions(cases, providers, table, facts["device"], arguments.seconds)
+        if predict is not None:
+            found = predict(cases, providers, table, facts["device"], arguments.seconds)
+            measure_case = partial(measure_case, predictions=found)
         left = arguments.seconds - (time.monotonic() - started)
-        measure(cases, providers, DeviceTimer(), "cuda", table, left, predictions)
+        measure(cases, providers, DeviceTimer(), "cuda", table, left, measure_case)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {arguments.out} keeps {len(table.rows)} rows", file=sys.stderr)
         return machine.INTERRUPTED_STATUS
@@ -236,8 +285,6 @@ def run(arguments) -> int:
         left = max(arguments.seconds - (time.monotonic() - started), 0)
         again = [*sys.argv[1:], "--resume", "--seconds", str(left)]
         os.execv(sys.executable, [sys.executable, "-m", "perf", *again])
-    print(summary(table.rows))
-    print(unexpected(table.rows))
+    status = report(table.rows, arguments)
     print(f"{len(table.rows)} rows in {arguments.out}")
-    ours = [row for row in table.rows if row["provider"] == "tritonnorm"]
-    return int(any(row.get("status") != "ok" for row in ours))
+    return status

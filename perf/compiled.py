@@ -16,9 +16,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tritonnorm import heuristics
+
 from . import assembly, devices
 from .assembly import Region
-from .launches import ACTIVATIONS, observe, tensors
+from .launches import ACTIVATIONS, choosing, observe, tensors
 from .launches import run as run_case
 from .shapes import DTYPES, Case
 
@@ -101,11 +103,12 @@ class Lowered:
     layout: str  # "contiguous", "channels_last", or the variant of `launches.run`
     tiles: list[tuple[int, int]]  # one; or several, of which a program takes one
     line: int  # elements that are adjacent in memory, which decide how wide an access can be
-    num_warps: int
+    num_warps: int  # of each block
     registers: int
     stack: int  # bytes, which nothing but spilled registers needs here
     widths: dict[str, list[int]]  # bytes of each access, by tensor
-    shared: int = 0  # bytes of shared memory
+    num_ctas: int = 1  # blocks of a program: of a cluster
+    shared: int = 0  # bytes of shared memory, of each block
     programs: int = 1  # of the launch
     steps: float = 1.0  # tiles that a program takes, one after another, on average
     fold_steps: float = 1.0  # the same of tiles of partial results
@@ -129,7 +132,13 @@ class Lowered:
 
     @property
     def threads(self) -> int:
-        return self.num_warps * devices.WARP
+        """Threads that a tile is for."""
+        return self.num_ctas * self.num_warps * devices.WARP
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the launch."""
+        return self.num_ctas * self.programs
 
     @property
     def activations(self) -> list[str]:
@@ -144,8 +153,10 @@ class Lowered:
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of activations, an SM: a tile of each that is read, in every block that it holds."""
-        return self.resident * self.tile_bytes * sum(name in self.widths for name in ("x", "dy"))
+        """Of activations, an SM: a block's part of each tile that is read, in every block that it
+        holds."""
+        read = sum(name in self.widths for name in ("x", "dy"))
+        return self.resident * read * self.tile_bytes // self.num_ctas
 
     @property
     def executions(self) -> list[float]:
@@ -195,7 +206,7 @@ class Lowered:
         """Warp instructions of the launch a byte of activations; None of a launch without any."""
         if self.instructions is None or not self.moved:
             return None
-        return self.program_instructions * self.num_warps * self.programs / self.moved
+        return self.program_instructions * self.num_warps * self.blocks / self.moved
 
     @property
     def barriers(self) -> float:
@@ -249,8 +260,11 @@ def _steps(arguments, programs: int, xs) -> float:
     return total / programs
 
 
-def _fold_steps(arguments, partials) -> float:
-    """Tiles of partial results that a program adds up."""
+def _fold_steps(arguments, programs: int, partials) -> float:
+    """Tiles of partial results that a program adds up; or the walks that a row team takes, each of which
+    ends with some."""
+    if "WALKS" in arguments:
+        return arguments["WALKS"] * ceil(arguments["N"] / arguments["BLOCK_N"]) / programs
     if "BLOCK_P" not in arguments or not partials:
         return 1.0
     pieces = arguments.get("PIECES") or partials[0].shape[0]
@@ -292,10 +306,13 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         widths=widths,
+        num_ctas=arguments.get("num_ctas", 1),
         shared=compiled.metadata.shared,
         programs=programs,
         steps=_steps(arguments, programs, named["x"]),
-        fold_steps=_fold_steps(arguments, [t[0] for n, t in named.items() if n.endswith("_partial")]),
+        fold_steps=_fold_steps(
+            arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
+        ),
         cooperative=arguments.get("launch_cooperative_grid", False),
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,
@@ -315,8 +332,9 @@ def _instructions(cubin: bytes, regions: list[Region]) -> list[float] | None:
     return [count / times for count, times in zip(instructions, [1, *unrolled[1:]], strict=True)]
 
 
-def lower(target: str, chosen, instructions: bool = False) -> list[list[Lowered]]:
+def lower(target: str, chosen, instructions: bool = False, choices=None) -> list[list[Lowered]]:
     """Compiles the launches of each (case, variant) for a target, in a process that will run no kernel.
+    `choices` decide them, if given in place of the target's table and the heuristics.
 
     `instructions` counts them as well, which takes the disassembler half a second a kernel.
     """
@@ -335,6 +353,7 @@ def lower(target: str, chosen, instructions: bool = False) -> list[list[Lowered]
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         observe(compile_and_inspect),
+        choosing(choices or heuristics.table.load(target)),
         torch.device("meta"),  # tensors without memory
     ):
         for case, variant in chosen:

@@ -23,7 +23,7 @@ ISSUE_SHARE = 0.6
 ROW_BARRIERS = {"layer": 3, "rms": 1, "l2": 1}
 """Barriers a row, at most: two for each reduction but the last."""
 
-TEAMS = ("team_forward", "team_backward")
+TEAMS = ("team_forward", "team_backward", "row_team_forward", "row_team_backward")
 NO_TEAMS = "teams are chosen nowhere yet"
 
 WAVES = 4
@@ -77,10 +77,10 @@ def barriers(k: Lowered, device: Device) -> str | None:
 
 def grid(k: Lowered, device: Device) -> str | None:
     slots = k.resident * device.processors
-    waves = k.programs / slots
+    waves = k.blocks / slots
     if k.cooperative and waves > 1:
-        return f"a cooperative grid of {k.programs}, of which {slots} can run"
-    if not k.activations or waves >= WAVES or (waves <= 1 and k.programs >= device.processors):
+        return f"a cooperative grid of {k.blocks}, of which {slots} can run"
+    if not k.activations or waves >= WAVES or (waves <= 1 and k.blocks >= device.processors):
         return None
     return f"{waves:.2f} waves"
 

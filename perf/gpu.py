@@ -1,13 +1,14 @@
-"""The whole run on a GPU machine: install in place, test, benchmark, plot.
+"""The whole run on a GPU machine: install in place, test, benchmark, compare, plot.
 
 It uses the Python that is there, with its torch and triton, and no network. Everything is kept in one
-folder named for the device: `tests.txt`, `bench.csv` and the plots.
+folder named for the device: `tests.txt`, `bench.csv`, `compare.csv`, `compare.txt` and the plots.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import time
 from math import inf
 from pathlib import Path
 
@@ -64,21 +65,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep what an interrupted run has measured"
     )
-    parser.add_argument("--seconds", type=float, default=inf, help="benchmark no longer than this")
+    parser.add_argument(
+        "--seconds", type=float, default=inf, help="benchmark and compare no longer than this"
+    )
 
 
 def measure(out: Path, arguments) -> int:
-    """Installs, tests, benchmarks and plots; 1 if the tests or the benchmark failed. A failed plot is
-    not a failure: without matplotlib it can be drawn from the CSV elsewhere."""
+    """Installs, tests, benchmarks, compares on a few shapes, and plots; 1 if the tests or the benchmark
+    failed. A loss is not a failure, nor is a failed plot: without matplotlib it can be drawn from the
+    CSV elsewhere."""
     install()
     tests = 0 if arguments.skip_tests else step("-m", "pytest", log=out / "tests.txt")
     shapes, dtypes = (QUICK_SETS, ("bf16",)) if arguments.quick else (FULL_SETS, FULL_DTYPES)
-    table = os.path.relpath(out / "bench.csv", machine.ROOT)  # the CSV keeps the command
-    bench = step(
-        *("-m", "perf", "bench", "--out", table, "--seconds", str(arguments.seconds)),
-        *("--shapes", *shapes, "--dtypes", *dtypes),
-        *(("--resume",) if arguments.resume else ()),
-    )
+    started = time.monotonic()
+
+    def measured(command, shapes, dtypes, log=None):
+        """The status of a command, and its CSV."""
+        csv = os.path.relpath(out / f"{command}.csv", machine.ROOT)  # which keeps the command
+        left = max(arguments.seconds - (time.monotonic() - started), 0)
+        resume = ("--resume",) if arguments.resume else ()
+        options = ("--out", csv, "--seconds", str(left), "--shapes", *shapes, "--dtypes", *dtypes)
+        return step("-m", "perf", command, *options, *resume, log=log), csv
+
+    bench, table = measured("bench", shapes, dtypes)
+    measured("compare", QUICK_SETS, ("bf16",), log=out / "compare.txt")
     step("-m", "perf", "roofline", table)
     for name, status in (("tests", tests), ("bench", bench)):
         if status:

@@ -1,23 +1,25 @@
 """Watching the launches that tritonnorm makes, without a second copy of how it makes them."""
 
 from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
-from triton.runtime.jit import KernelInterface
 
-from tritonnorm import heuristics, launch
+from tritonnorm import calls, heuristics, launch
 from tritonnorm.dtypes import compute_dtype
 from tritonnorm.formulas import RowOptions
+from tritonnorm.heuristics.table import Choices
 from tritonnorm.launch import Running
+from tritonnorm.launch.common import CHOICES, TRITON_VERSION, forget_plans
 
+from . import devices
 from .shapes import DTYPES, OPERATORS, Case
 
 ACTIVATIONS = ("x", "y", "dy", "dx")
 EPS = 1e-5
 
 
-LAUNCHING = (launch.rows, launch.channels, launch.pieces, launch.weights, launch.common)
-"""The modules that make launches."""
+H100 = devices.find("H100").facts
 
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -36,6 +38,9 @@ class _Observed:
         self.kernel, self.observer = kernel, observer
         self.__name__ = kernel.__name__
 
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
+
     def __getitem__(self, grid):
         return lambda **arguments: self.observer(self.kernel, grid, arguments)
 
@@ -46,15 +51,16 @@ def observe(observer):
 
     Of observers within each other the inner one is called; what it runs, the outer one sees.
     """
-    kinds = (KernelInterface, _Observed)
-    kernels = [(m, name, f) for m in LAUNCHING for name, f in vars(m).items() if isinstance(f, kinds)]
-    for module, name, kernel in kernels:
-        setattr(module, name, _Observed(kernel, observer))
+    kernels = [(launched, launched.kernel) for launched in launch.common.Kernel.every]
+    forget_plans()  # what was recorded calls compiled kernels
+    for launched, kernel in kernels:
+        launched.kernel = _Observed(kernel, observer)
     try:
         yield
     finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
+        for launched, kernel in kernels:
+            launched.kernel = kernel
+        forget_plans()
 
 
 def tensors(arguments):
@@ -151,39 +157,100 @@ def _run_weights(case: Case, shapes) -> None:
     launch.weights_backward([torch.ones_like(x) for x in xs], xs, gains, spreads, dims, needed, needed)
 
 
+class Instead(Choices):
+    """Choices in which some heuristics have given answers, whatever their arguments."""
+
+    def __init__(self, answers, entries=None):
+        super().__init__(entries)
+        self.answers = answers
+
+    def __call__(self, heuristic, *arguments):
+        if heuristic in self.answers:
+            return self.answers[heuristic]
+        return super().__call__(heuristic, *arguments)
+
+
+TEAMS = Instead({heuristics.teams.prefer_teams: True, heuristics.teams.prefer_row_teams: True})
+"""Choices by which teams take whatever they can."""
+
+_prepared = WeakKeyDictionary()
+"""The calls that were prepared with other choices than a device's own, by these."""
+
+
 @contextmanager
-def on_device(facts: heuristics.common.DeviceFacts):
-    """While open, launches are chosen for a device of these facts, wherever tensors are."""
-    modules = [module for module in LAUNCHING if hasattr(module, "device_facts")]
+def choosing(choices: Choices):
+    """While open, these choices decide every launch, on the CPU and on all GPUs."""
+    saved = dict(CHOICES)
+    CHOICES.update(dict.fromkeys(range(-1, torch.cuda.device_count()), choices))
+    try:
+        with calls.kept_in(_prepared.setdefault(choices, {})):
+            yield
+    finally:
+        CHOICES.clear()
+        CHOICES.update(saved)
+
+
+class Noted(Choices):
+    """Choices that note what they were asked for, and what they answered."""
+
+    def __init__(self, entries=None):
+        super().__init__(entries)
+        self.noted = {}
+
+    def __call__(self, heuristic, *arguments):
+        answer = super().__call__(heuristic, *arguments)
+        self.noted[(heuristic.__name__, *arguments)] = answer
+        return answer
+
+
+@contextmanager
+def device_facts(facts: heuristics.common.DeviceFacts):
+    """While open, launch choices take the device for this one: clusters among them, where it and this
+    Triton have them."""
+    modules = (launch.pieces, launch.row_teams)
     saved = [module.device_facts for module in modules]
     for module in modules:
         module.device_facts = lambda device: facts
     try:
-        yield
+        with clusters(heuristics.rows.largest_cluster(facts, TRITON_VERSION)):
+            yield
     finally:
-        for module, function in zip(modules, saved, strict=True):
-            module.device_facts = function
+        for module, of_module in zip(modules, saved, strict=True):
+            module.device_facts = of_module
 
 
 @contextmanager
 def teams():
-    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
-    saved = heuristics.teams.TEAM_CAPABILITIES
-    heuristics.teams.TEAM_CAPABILITIES = {facts.capability}
+    """While open, teams take whatever they can, as if on an H100; and no clusters do."""
+    with device_facts(H100), clusters(largest=1), choosing(TEAMS):
+        yield
+
+
+def in_cluster(case: Case, largest: int = heuristics.rows.LARGEST_CLUSTER) -> bool:
+    """Whether a cluster of at most so many blocks holds the rows of a case."""
+    choose = getattr(heuristics.rows, f"row_{case.direction}")
+    return choose(case.n, case.itemsize, strided=False, cluster=largest).num_ctas > 1
+
+
+@contextmanager
+def clusters(largest: int = heuristics.rows.LARGEST_CLUSTER):
+    """While open, rows are held by clusters of at most so many blocks, as on an H100 with a Triton that
+    compiles them."""
+    saved = launch.rows.largest_cluster
+    launch.rows.largest_cluster = lambda index: largest
     try:
-        with on_device(facts):
-            yield
+        yield
     finally:
-        heuristics.teams.TEAM_CAPABILITIES = saved
+        launch.rows.largest_cluster = saved
 
 
 def run(case: Case, variant: str | None = None) -> None:
     """Runs one pass of a case on CPU tensors of ones: for observers that look at launches and
     addresses, not at values. The variant "strided" takes rows from the channels of `[1, n, m]`;
     "rounded" rounds x_hat and offsets the weight, as models do; "output" starts a backward pass from the
-    output; "team" has teams take what is held in
-    pieces; "halved" has each layer of a stack take channels half as long as those of the one before."""
+    output; "cluster" has clusters hold rows that are too long for a program alone, and "team" has teams
+    hold them, or take what is in pieces; with "cluster output" and "team output" they start from the
+    output; "halved" has each layer of a stack take channels half as long as those of the one before."""
     dtype = DTYPES[case.dtype]
     if OPERATORS[case.operator].family == "weights":
         shapes = [layer.shape for layer in case.layers]
@@ -193,6 +260,9 @@ def run(case: Case, variant: str | None = None) -> None:
     elif OPERATORS[case.operator].family == "channels":
         with teams() if variant == "team" else nullcontext():
             _run_channels(case, in_layout(torch.ones(case.shape, dtype=dtype), case.layout))
+    elif variant is not None and variant.startswith(("cluster", "team")):
+        with teams() if variant.startswith("team") else clusters():
+            _run_rows(case, torch.ones(case.shape, dtype=dtype), from_output="output" in variant)
     elif variant == "strided":
         _run_rows(case, torch.ones(1, case.n, case.m, dtype=dtype).mT)
     elif variant == "output":

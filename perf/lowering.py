@@ -13,9 +13,11 @@ from dataclasses import asdict
 import triton
 
 from tritonnorm import heuristics
+from tritonnorm.launch.common import TRITON_VERSION
 
 from . import devices, gates, predict
 from .compiled import TARGETS, Lowered, lower
+from .launches import in_cluster
 from .shapes import (
     BRIEF_OPERATORS,
     BRIEF_SIZES,
@@ -29,6 +31,12 @@ from .shapes import (
 SIZES = tuple(2**k for k in range(17))
 """Row lengths: every power of two is a tile of its own as long as rows are resident; 65,536 is longer
 than any that is."""
+
+CLUSTER_SIZES = tuple(2**k for k in range(13, 19))
+"""Every power of two that a cluster holds, of one dtype and pass or another."""
+
+CLUSTER_ODD_SIZES = (20000, 20001)
+"""Not powers of two: whose masks must not narrow accesses, and whose elements take an address each."""
 
 ODD_SIZES = (48, 1000, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
@@ -45,6 +53,14 @@ does not reach the code, but for BatchNorm."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
+
+TEAM_ROWS = (
+    *(("layer_norm", dtype, 65536, PASSES, "team") for dtype in ("bf16", "fp32", "fp64")),
+    ("layer_norm", "bf16", 20000, PASSES, "team"),
+    ("rms_norm", "bf16", 65536, PASSES, "team"),
+    ("layer_norm", "bf16", 65536, ("backward",), "team output"),
+)
+"""The same for rows: one slab for all lengths, masked or not."""
 
 WEIGHT_SIZES = tuple(2**k for k in range(15))
 """Elements of a channel: every power of two is a tile of its own as long as channels are resident."""
@@ -63,10 +79,11 @@ ROWS = 64
 """The number of rows. The code knows of it, in strided rows alone, whether it divides by 16."""
 
 
-def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+def cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
     """(case, variant) of rows, of channels and of weights, as `launches.run` takes them. float16 is
     lowered as bfloat16 is."""
-    return row_cases(brief) + channel_cases(brief) + weight_cases(brief)
+    rows = row_cases(brief) + cluster_cases(target, brief)
+    return rows + channel_cases(brief) + weight_cases(brief)
 
 
 def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
@@ -119,19 +136,18 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
-    """Every tile of the heuristics, resident, looped and split. LayerNorm with weight and bias holds the
-    most, and is compiled for every width and for strided rows; the others for adjacent elements in
-    bfloat16. Some of RMSNorm as models round it, and of backward passes from the output."""
-    if brief:
-        operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
-    else:
-        operators, sizes, dtypes = ROW_OPERATORS, SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
+    """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
+    holds the most, and is compiled for every length and width and for strided rows; the others for
+    adjacent elements in bfloat16 of BRIEF_SIZES, among which are the longest of each kind. Some of
+    RMSNorm as models round it, and of backward passes from the output."""
     chosen = []
-    for operator in operators:
+    for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
+        every = operator == "layer_norm" and not brief
+        sizes = SIZES + ODD_SIZES if every else BRIEF_SIZES
         for direction in PASSES:
-            for dtype in dtypes if operator == "layer_norm" else ("bf16",):
+            for dtype in ("bf16", "fp32", "fp64") if every else ("bf16",):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]
-                if operator == "layer_norm" and not brief:
+                if every:
                     tiles, choose = {}, getattr(heuristics.rows, f"row_{direction}")
                     for n in SIZES[1:]:  # a row of one element has no step within it
                         tile = choose(n, DTYPES[dtype].itemsize, strided=True)
@@ -149,24 +165,54 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             for dtype in ("bf16", "fp32")
             for n in (128, 1000, 8192, 65536)
         ]
+        chosen += [
+            (Case(operator, direction, (ROWS, n), dtype), variant)
+            for operator, dtype, n, directions, variant in TEAM_ROWS
+            for direction in directions
+        ]
     return chosen
 
 
+def cluster_cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
+    """Every tile of clusters, where the target and this Triton have them: the rows that `row_cases` has
+    looped and split."""
+    device = devices.of_target(target)[0]
+    largest = heuristics.rows.largest_cluster(device.facts, TRITON_VERSION)
+    if largest == 1:
+        return []
+
+    def of(operator, dtype, sizes, passes=PASSES, variant="cluster"):
+        chosen = [Case(operator, direction, (ROWS, n), dtype) for direction in passes for n in sizes]
+        return [(case, variant) for case in chosen if in_cluster(case, largest)]
+
+    if brief:
+        return [case for operator in BRIEF_OPERATORS for case in of(operator, "bf16", BRIEF_SIZES)]
+    return [
+        *of("layer_norm", "bf16", CLUSTER_SIZES + CLUSTER_ODD_SIZES),
+        *of("layer_norm", "fp32", CLUSTER_SIZES + CLUSTER_ODD_SIZES),
+        *of("layer_norm", "fp64", CLUSTER_SIZES),
+        *of("rms_norm", "bf16", CLUSTER_SIZES[2::2]),
+        *of("normalize", "bf16", CLUSTER_SIZES[2::2]),
+        *of("layer_norm", "bf16", CLUSTER_SIZES[2::2], ("backward",), "cluster output"),
+    ]
+
+
 def table(lowered: list[Lowered]) -> str:
-    """One line a kernel. Spill is in bytes; width is the narrowest access to an activation, in bits;
-    KB in flight are an SM's, as far as registers, warps and shared memory limit them."""
+    """One line a kernel. Warps are those of each block (CTA) of a program. Spill is in bytes; width is
+    the narrowest access to an activation, in bits; KB in flight are an SM's, as far as registers, warps
+    and shared memory limit them."""
     lines = [
         f"{'operator':<15} {'pass':<8} {'dtype':<5} {'shape':>12} {'layout':<13} {'kernel':<24} "
-        f"{'tile':>8} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} {'KB in flight':>12}"
-        + (" instr/B" if any(k.instructions for k in lowered) else "")
+        f"{'tile':>8} {'CTAs':>4} {'warps':>5} {'regs':>4} {'spill':>5} {'width':>5} "
+        f"{'KB in flight':>12}" + (" instr/B" if any(k.instructions for k in lowered) else "")
     ]
     for k in lowered:
         width = min((w for name in k.activations for w in k.tile_widths(name)), default=0) * 8
         tile = f"{k.tile[0]}x{k.tile[1]}"
         lines.append(
             f"{k.operator:<15} {k.direction:<8} {k.dtype:<5} {k.shape:>12} {k.layout:<13} "
-            f"{k.kernel:<24} {tile:>8} {k.num_warps:>5} {k.registers:>4} {k.stack:>5} {width:>5} "
-            f"{k.bytes_in_flight / 1024:>12.0f}"
+            f"{k.kernel:<24} {tile:>8} {k.num_ctas:>4} {k.num_warps:>5} {k.registers:>4} {k.stack:>5} "
+            f"{width:>5} {k.bytes_in_flight / 1024:>12.0f}"
             + (f" {k.instructions_per_byte:>7.3f}" if k.instructions_per_byte else "")
             + ("  <- " + "; ".join(k.violations) if k.violations else "")
         )
@@ -193,6 +239,9 @@ def add_arguments(parser):
     parser.add_argument("--target", choices=TARGETS, help="one target (default: sm_90)")
     parser.add_argument("--all", action="store_true", help="every target")
     parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES], help="inputs of these (default: all)"
+    )
+    parser.add_argument(
         "--brief", action="store_true", help="fewer operators and sizes, bfloat16; misses counted"
     )
     parser.add_argument(
@@ -213,8 +262,10 @@ def run(arguments) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("lowering: the interpreter compiles nothing; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    chosen = cases(arguments.brief)
-    found = {t: [k for ks in lower(t, chosen, arguments.instructions) for k in ks] for t in targets}
+    found = {}
+    for target in targets:
+        chosen = [one for one in cases(target, arguments.brief) if one[0].dtype in arguments.dtypes]
+        found[target] = [k for ks in lower(target, chosen, arguments.instructions) for k in ks]
     records = [k for lowered in found.values() for k in lowered]
     missed = [miss for k in records for miss in misses(k)]
     if arguments.json:
@@ -224,9 +275,8 @@ def run(arguments) -> int:
             print(f"{target}, compiled with Triton {triton.__version__}; nothing was run")
             print(table(lowered), end="\n\n")
         for target in targets:
-            predicted = predict.predict(
-                predict.quick_cases(arguments.brief), target, devices.of_target(target)
-            )
+            quick = [c for c in predict.quick_cases(arguments.brief) if c.dtype in arguments.dtypes]
+            predicted = predict.predict(quick, target, devices.of_target(target))
             missed += [miss for p in predicted for miss in p.missed]
             print(f"{target}: predicted by a model from the compiled kernels, not measured")
             print(predict.table(predicted))

@@ -1,16 +1,18 @@
 """The time that a launch should take, from what is compiled and from the facts of a GPU.
 
-The programs that an SM holds at once share it like customers a queue. Each waits and computes by
-itself for a time T, and takes its turn at the memory, b, of which r for what it reads, and at the
-schedulers, c. A wave of R programs an SM then takes
+The blocks that an SM holds at once share it like customers a queue: programs or, where these are
+clusters, parts of them. Each waits and computes by itself for a time T, and takes its turn at the
+memory, b, of which r for what it reads, and at the schedulers, c. A wave of R blocks an SM then takes
 
     max(R * b, R * c, T + r)        bound by bytes, by issue rate, by bytes in flight
 
-(what a program stores leaves while the next one waits). The last wave may be a partial one, and has its
+(what a block stores leaves while the next one waits). The last wave may be a partial one, and has its
 own maximum: what it takes beyond its share is the tail. A pass is the sum of its launches.
 
-What the model does not see: conflicts in shared memory, how many sectors narrow accesses take, L2's own
-bandwidth, and clocks that power lowers. It is to be compared with measurements, and is none.
+What the model does not see: what the blocks of a cluster or the programs of a team wait for each other
+beyond a barrier, that a cluster stays within a part of the GPU; conflicts in shared memory, how many
+sectors narrow accesses take, L2's own bandwidth, and clocks that power lowers. It is to be compared with
+measurements, and is none.
 """
 
 from collections import Counter
@@ -37,7 +39,8 @@ INSTRUCTION_CYCLES = 2
 waited for another's result (unmeasured)."""
 
 BARRIER_CYCLES = 30
-"""What the warps of a program wait for each other (unmeasured)."""
+"""What the warps of a program wait for each other (unmeasured); of a cluster, whose blocks meet through
+its SMs' network, more, which is not told apart."""
 
 L2_SHARE = 0.5
 """Part of L2 in which what is read again is found: the rest holds what is written (unmeasured)."""
@@ -51,14 +54,14 @@ BOUNDS = ("bytes", "in flight", "issue", "launch", "tail")
 
 @dataclass(frozen=True)
 class Work:
-    """What the programs of a launch do, on average."""
+    """What the blocks of a launch do, on average."""
 
-    programs: int
-    resident: int  # programs that an SM holds
-    nbytes: float  # of device memory that a program moves
+    blocks: int
+    resident: int  # blocks that an SM holds
+    nbytes: float  # of device memory that a block moves
     read: float  # of these what it reads
-    waits: float  # nanoseconds that a program waits for loads, one after another, and computes
-    issue: float  # nanoseconds that the schedulers of an SM are busy with a program
+    waits: float  # nanoseconds that a block waits for loads, one after another, and computes
+    issue: float  # nanoseconds that the schedulers of an SM are busy with a block
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,21 @@ def launch_time(work: Work, device: Device) -> Prediction:
     """The time of one launch."""
     sms = device.processors
     slots = work.resident * sms
-    full, rest = divmod(work.programs, slots)
+    full, rest = divmod(work.blocks, slots)
 
-    def wave(programs: int) -> dict[str, float]:
-        """The three bounds of so many programs at once."""
-        busy = min(programs, sms)
+    def wave(blocks: int) -> dict[str, float]:
+        """The three bounds of so many blocks at once."""
+        busy = min(blocks, sms)
         rate = min(bandwidth(device) / busy, SM_BYTES_A_CYCLE * device.clock)
         return {
-            "bytes": programs * work.nbytes / bandwidth(device),
+            "bytes": blocks * work.nbytes / bandwidth(device),
             "in flight": work.waits + work.read / rate,
-            "issue": ceil(programs / sms) * work.issue,
+            "issue": ceil(blocks / sms) * work.issue,
         }
 
     parts = {"launch": float(LAUNCH_NS)}
     bounds = wave(slots if full else rest)
-    waves = work.programs / slots if full else 1.0
+    waves = work.blocks / slots if full else 1.0
     alone = {bound: waves * ns for bound, ns in bounds.items()}
     bound = max(bounds, key=bounds.get)
     parts[bound] = alone[bound]
@@ -142,7 +145,7 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
     for name, size in k.tensor_bytes.items():
         if name in k.sweeps:
             times = k.sweeps[name]
-            if times > 1 and size * min(slots / k.programs, 1) <= share:
+            if times > 1 and size * min(slots / k.blocks, 1) <= share:
                 times = 1.0
             if held and name in INPUTS:
                 times = 0.0
@@ -159,10 +162,10 @@ def work_of(k: Lowered, device: Device, held: bool = False) -> Work:
     moved, read = device_bytes(k, device, held)
     cycles = (k.program_instructions or 0) * k.num_warps / devices.SCHEDULERS
     return Work(
-        programs=k.programs,
+        blocks=k.blocks,
         resident=k.resident,
-        nbytes=moved / k.programs,
-        read=read / k.programs,
+        nbytes=moved / k.blocks,
+        read=read / k.blocks,
         waits=waits(k, device),
         issue=cycles / device.clock,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import devices, gates, machine, model
 from .compiled import Lowered, lower
 from .devices import DEVICES, Device
-from .launches import on_device
+from .launches import device_facts
 from .shapes import DTYPES, OPERATORS, PASSES, QUICK_SETS, Case, make_cases, parse_shapes
 from .table import Table, case_fields, read_case
 from .traffic import floor_bytes
@@ -60,7 +60,7 @@ def predict(cases: list[Case], target: str, some_devices: list[Device]) -> list[
     chosen, lowered = [(case, None) for case in cases], {}
     for device in some_devices:
         if device.facts not in lowered:
-            with on_device(device.facts):
+            with device_facts(device.facts):
                 lowered[device.facts] = lower(target, chosen, instructions=True)
     return [
         Predicted(case, device, launches, model.pass_time(launches, device))

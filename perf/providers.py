@@ -16,10 +16,17 @@ from math import ceil
 import torch
 
 import tritonnorm
-from tritonnorm import heuristics
 
+from .launches import TEAMS, choosing, clusters
 from .machine import installed_version, tritonnorm_version
-from .shapes import CHANNEL_OPERATORS, DTYPES, OPERATORS, SINGLE_WEIGHT_OPERATORS, Case
+from .shapes import (
+    CHANNEL_OPERATORS,
+    DTYPES,
+    OPERATORS,
+    ROW_OPERATORS,
+    SINGLE_WEIGHT_OPERATORS,
+    Case,
+)
 from .traffic import floor_bytes
 
 EPS = {
@@ -221,22 +228,18 @@ def _quack() -> Provider:
 
 
 @contextmanager
-def _teams_allowed():
-    """While open, teams take what is held in pieces, as if that had been measured to be faster."""
-    saved = heuristics.teams.TEAM_CAPABILITIES
-    if torch.cuda.is_available():
-        heuristics.teams.TEAM_CAPABILITIES = frozenset({torch.cuda.get_device_capability()})
-    try:
+def _with_teams():
+    """While open, teams take what they can, and rows that are too long for a program; no clusters do."""
+    with choosing(TEAMS), clusters(largest=1):
         yield
-    finally:
-        heuristics.teams.TEAM_CAPABILITIES = saved
 
 
 def _tritonnorm_team() -> Provider:
-    """tritonnorm with teams allowed: for heuristics.teams.TEAM_CAPABILITIES to be set by measurement."""
+    """tritonnorm with teams wherever they can be, as if a table preferred them."""
     ours = _tritonnorm()
-    operators = {name: ours.operators[name] for name in CHANNEL_OPERATORS if name != "batch_norm_eval"}
-    return replace(ours, name="tritonnorm.team", operators=operators, around=_teams_allowed)
+    shared = (*ROW_OPERATORS, *(name for name in CHANNEL_OPERATORS if name != "batch_norm_eval"))
+    operators = {name: ours.operators[name] for name in shared}
+    return replace(ours, name="tritonnorm.team", operators=operators, around=_with_teams)
 
 
 def _tritonnorm_single() -> Provider:

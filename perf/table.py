@@ -38,8 +38,11 @@ RUN_FIELDS = (
 )
 FIELDS = CASE_FIELDS + RESULT_FIELDS + RUN_FIELDS
 
-FASTER = 0.98
-"""A peer is faster if it takes less than this part of our time; below that is noise."""
+OURS = "tritonnorm"
+"""The name of the provider that the others are compared with; variants of it begin with it and a dot."""
+
+TIE = 0.02
+"""Who takes less time by a smaller part of the other's is not faster: that is noise."""
 
 
 def case_fields(case: Case) -> dict[str, str]:
@@ -115,16 +118,16 @@ def summary(rows) -> str:
             times[read_case(row)][row["provider"]] = float(row["median_us"])
     fractions, lines = defaultdict(list), []
     for case, found in times.items():
-        ours, copy = found.pop("tritonnorm", None), found.pop("copy", None)
+        ours, copy = found.pop(OURS, None), found.pop("copy", None)
         if ours is None or copy is None:
             continue
         fractions[case.kind].append(copy / ours)
         lines += [
             f"  {case.label}: {peer} takes {theirs / ours:.0%} of our time"
             for peer, theirs in found.items()
-            if theirs < FASTER * ours
+            if theirs < (1 - TIE) * ours
         ]
-    margin = f"by more than {1 - FASTER:.0%}"
+    margin = f"by more than {TIE:.0%}"
     if fractions:
         lines.insert(0, f"a peer is faster {margin} in:" if lines else f"no peer is faster {margin}")
     reached = [

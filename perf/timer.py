@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 
 import torch
@@ -35,9 +37,53 @@ class Timing:
     host_us: float
 
 
-def _timing(microseconds: list[float], host_us: float) -> Timing:
-    p20, _, _, p80 = statistics.quantiles(microseconds, n=5, method="inclusive")
-    return Timing(statistics.median(microseconds), p20, p80, host_us)
+ROUNDS = 7
+"""Turns of each of several calls that are timed together: of the seven that there are at most, a copy
+among them, each is the first once."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call that has run, and was compiled: device times in microseconds of so many repetitions, how
+    many of them are enough, and the host's time to issue one, in microseconds."""
+
+    times: Callable[[int], list[float]]
+    repetitions: int
+    host_us: float
+
+
+class TurnFailed(RuntimeError):
+    """The call `name` failed at its turn."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def _timing(rounds: list[list[float]], host_us: float) -> Timing:
+    """The median of the rounds' medians."""
+    p20, _, _, p80 = statistics.quantiles(chain(*rounds), n=5, method="inclusive")
+    return Timing(statistics.median(map(statistics.median, rounds)), p20, p80, host_us)
+
+
+def alternate(calls: Mapping[str, Prepared], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Times calls together: in each round each has a turn, and in the next one another begins, so that
+    what drifts, as clocks do, meets all of them. The first repetition of a turn, whose code is not in
+    the caches, is not counted.
+
+    Raises:
+        TurnFailed: from what a call raised.
+    """
+    names, found = list(calls), {name: [] for name in calls}
+    for i in range(rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            repetitions = ceil(calls[name].repetitions / rounds)
+            try:
+                found[name].append(calls[name].times(1 + repetitions)[1:])
+            except Exception as error:
+                raise TurnFailed(name) from error
+    return {name: _timing(found[name], calls[name].host_us) for name in names}
 
 
 class DeviceTimer:
@@ -75,7 +121,13 @@ class DeviceTimer:
         return statistics.median(times)
 
     def __call__(self, call) -> Timing:
-        """Times `call`, whose results are dropped. What it compiles at its first run is not counted."""
+        """Times `call`, whose results are dropped."""
+        prepared = self.prepare(call)
+        return _timing([prepared.times(prepared.repetitions)], prepared.host_us)
+
+    def prepare(self, call) -> Prepared:
+        """`call`, whose results are dropped, to be timed: it has compiled what it does at its first run,
+        and the clocks have risen."""
         call()
         host_us = self._host_us(call)
         flushes = min(max(ceil(HOST_MARGIN * host_us / self._flush_us), 1), MAX_FLUSHES)
@@ -91,14 +143,17 @@ class DeviceTimer:
         repetitions = int(1e6 * REPETITION_SECONDS / a_repetition)
         repetitions = min(max(repetitions, MIN_REPETITIONS), MAX_REPETITIONS)
 
-        events = []
-        for _ in range(repetitions):
-            for _ in range(flushes):
-                self._buffer.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return _timing([1e3 * start.elapsed_time(end) for start, end in events], host_us)
+        def times(repetitions):
+            events = []
+            for _ in range(repetitions):
+                for _ in range(flushes):
+                    self._buffer.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                events.append((start, end))
+            torch.cuda.synchronize()
+            return [1e3 * start.elapsed_time(end) for start, end in events]
+
+        return Prepared(times, repetitions, host_us)

@@ -77,6 +77,7 @@ class Moved:
     """What one pass of a case moved, in bytes."""
 
     case: Case
+    variant: str | None  # of `launches.run`
     touched: dict[str, int]  # by tensor, those of all layers as one, as often as it is touched
     distinct: dict[str, int]  # by tensor, each byte once
 
@@ -116,8 +117,8 @@ class Moved:
         return ", ".join(f"{name} {times:.2f} times" for name, times in more.items())
 
 
-def measure(case: Case) -> Moved:
-    """Runs a case in the interpreter and counts."""
+def measure(case: Case, variant: str | None = None) -> Moved:
+    """Runs a case in the interpreter, as `launches.run` does, and counts."""
     import numpy as np
 
     from . import launches
@@ -144,13 +145,13 @@ def measure(case: Case) -> Moved:
             kernel[grid](**arguments)
 
     with launches.observe(launch):
-        launches.run(case)
+        launches.run(case, variant)
     touched_of_all, distinct = Counter(), Counter()
     for name, elements in seen.items():
         tensor = name.partition("[")[0]  # x of x[0], a layer's
         touched_of_all[tensor] += touched[name]
         distinct[tensor] += int(elements.sum()) * sizes[name]
-    return Moved(case, dict(touched_of_all), dict(distinct))
+    return Moved(case, variant, dict(touched_of_all), dict(distinct))
 
 
 CHANNEL_SHAPES = {
@@ -162,9 +163,10 @@ CHANNEL_SHAPES = {
 """Shapes and groups: sets that one program holds first, except BatchNorm's, and sets in pieces."""
 
 
-def cases(brief: bool = False) -> list[Case]:
-    """Of rows, of channels and of weights."""
-    return row_cases(brief) + channel_cases(brief) + weight_cases(brief)
+def cases(brief: bool = False) -> list[tuple[Case, str | None]]:
+    """(case, variant) of rows, of channels and of weights."""
+    plain = row_cases(brief) + channel_cases(brief) + weight_cases(brief)
+    return [(case, None) for case in plain] + [(case, "cluster") for case in cluster_cases(brief)]
 
 
 def channel_cases(brief: bool = False) -> list[Case]:
@@ -214,6 +216,20 @@ def row_cases(brief: bool = False) -> list[Case]:
     ]
 
 
+def cluster_cases(brief: bool = False) -> list[Case]:
+    """Rows that are held by clusters, in bfloat16: the long ones of `row_cases`, and the longest."""
+    from .launches import in_cluster
+
+    sizes = BRIEF_SIZES if brief else (*SIZES, 131072, 262144)
+    chosen = [
+        Case(operator, direction, (ROWS, n), "bf16")
+        for operator in BRIEF_OPERATORS
+        for direction in PASSES
+        for n in sizes
+    ]
+    return [case for case in chosen if in_cluster(case)]
+
+
 def table(moved: list[Moved]) -> str:
     """One line a case: activations in units of T, bytes above the floor, and what was read again."""
     lines = [
@@ -226,8 +242,8 @@ def table(moved: list[Moved]) -> str:
         activations = sum(result.activations.values())
         lines.append(
             f"{case.operator:<15} {case.direction:<8} {case.dtype:<5} {case.name:>12} "
-            f"{case.layout:<13} {floor:>4}T {activations:>5.2f}T {result.excess:>7.1%} "
-            f"{result.reread}".rstrip()
+            f"{result.variant or case.layout:<13} {floor:>4}T {activations:>5.2f}T "
+            f"{result.excess:>7.1%} {result.reread}".rstrip()
         )
     return "\n".join(lines)
 
@@ -240,7 +256,7 @@ def run(arguments) -> int:
     if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         return subprocess.run([sys.executable, "-m", "perf", *sys.argv[1:]], env=environment).returncode
-    moved = [measure(case) for case in cases(arguments.brief)]
+    moved = [measure(case, variant) for case, variant in cases(arguments.brief)]
     print("Bytes touched, counted in Triton's interpreter; nothing was timed")
     print(table(moved))
     at_floor = sum(abs(result.excess) <= TOLERANCE for result in moved)

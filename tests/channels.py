@@ -129,7 +129,7 @@ SHAPES = (
     Shape(BATCH_NORM, (7, 6), None, "nothing spatial: resident", True),
     Shape(BATCH_NORM, (5, 6, 3), None, "short images"),
     Shape(BATCH_NORM, (2, 6, 4, 5), None, "resident in channels_last, in pieces otherwise"),
-    Shape(BATCH_NORM, (5, 70, 7, 7), None, "odd images, more channels than a tile", True),
+    Shape(BATCH_NORM, (2, 70, 7, 7), None, "odd images, more channels than a tile", True),
     Shape(
         BATCH_NORM, (12, 3, 30, 30), None, "several pieces of several images, the last one with fewer"
     ),

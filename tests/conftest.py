@@ -72,3 +72,11 @@ def no_kernel(monkeypatch):
     for name in launch.__all__:
         if name.endswith(("forward", "backward", "apply")):
             monkeypatch.setattr(launch, name, refuse)
+
+
+@pytest.fixture
+def registry_kept(monkeypatch):
+    """What a test registers is gone after it."""
+    from tritonnorm import registry  # after TRITON_INTERPRET is set
+
+    monkeypatch.setattr(registry, "CANDIDATES", registry.CANDIDATES[:])

@@ -26,7 +26,7 @@ def either(request, monkeypatch):
     """The test runs on the kernels, and again on PyTorch's operators."""
     if request.param == "torch":
         request.getfixturevalue("no_kernel")
-        monkeypatch.setattr(tF, "takes_kernel", lambda *_: False)
+        monkeypatch.setattr(tF.channels, "takes_kernel", lambda *_: False)
     return request.param
 
 
@@ -556,7 +556,7 @@ def autocast_dtypes(mean, weight, x):
 def test_autocast_without_a_device(monkeypatch, autocast):
     """As PyTorch's lists have it, also where the work is left to PyTorch: AT_FORALL_FP32 in
     ATen/autocast_mode.h has group_norm and layer_norm; no list has batch_norm or instance_norm."""
-    monkeypatch.setattr(tF, "is_plain", lambda *_: True)
+    monkeypatch.setattr(tF.channels, "is_plain", lambda *_: True)
     with FakeTensorMode():
         mean, weight = (torch.empty(4, device="cuda") for _ in range(2))
         x = torch.empty(2, 4, 3, 5, device="cuda", dtype=torch.bfloat16)

@@ -111,8 +111,9 @@ def test_meta_device(name, device):
     """Shapes without memory; then memory, and the initialization."""
     make, shape = MODULES[name]
     module = make(device="meta")
-    y = module.eval()(torch.empty(shape, device="meta"))
-    assert (y.is_meta, y.shape) == (True, shape)
+    for training in (True, False):
+        y = module.train(training)(torch.empty(shape, device="meta"))
+        assert (y.is_meta, y.shape) == (True, shape)
     module.train().to_empty(device=device).reset_parameters()
     x = torch.randn(shape, device=device)
     torch.testing.assert_close(step(module, x), step(make().to(device), x))

@@ -129,7 +129,8 @@ def inputs(name, device):
 def either(request, monkeypatch):
     """The test runs on the kernels, and again on PyTorch's operators."""
     if request.param == "torch":
-        monkeypatch.setattr(tF, "takes_kernel", lambda *_: False)
+        for module in (tF.rows, tF.channels, tF.weights):
+            monkeypatch.setattr(module, "takes_kernel", lambda *_: False)
 
 
 @every_call

@@ -114,7 +114,7 @@ def test_traces_take_torch(device):
 
 def test_autocast_of_mixed_dtypes_without_a_device(monkeypatch):
     """CUDA autocast gives float32, also where the work is left to PyTorch, as in a compiled graph."""
-    monkeypatch.setattr(tF, "is_plain", lambda *_: True)
+    monkeypatch.setattr(tF.rows, "is_plain", lambda *_: True)
     torch.set_autocast_enabled("cuda", True)
     try:
         with FakeTensorMode():

@@ -15,22 +15,24 @@ LENGTHS += [2**k + more for k in range(13, 19) for more in (0, 1)] + [4_200_000]
 def test_rows_choose_nothing():
     """What changes the order of a row's sums must not know how many rows there are."""
     for choose in (rows.row_forward, rows.row_backward):
-        assert list(inspect.signature(choose).parameters) == ["n", "itemsize", "strided"]
+        assert list(inspect.signature(choose).parameters) == ["n", "itemsize", "strided", "cluster"]
 
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("cluster", [1, 8, 16])
 @pytest.mark.parametrize("choose", [rows.row_forward, rows.row_backward])
-def test_tiles_are_legal(choose, itemsize, strided):
+def test_tiles_are_legal(choose, cluster, itemsize, strided):
     for n in LENGTHS:
-        tile = choose(n, itemsize, strided)
+        tile = choose(n, itemsize, strided, cluster)
         elements = tile.rows * tile.block_n
-        for size in (tile.rows, tile.block_n, tile.num_warps):
+        for size in (tile.rows, tile.block_n, tile.num_warps, tile.num_ctas):
             assert size > 0
             assert size & (size - 1) == 0
+        assert tile.num_ctas <= cluster
         assert elements <= 2**20  # Triton's largest tensor
         assert common.MIN_WARPS <= tile.num_warps <= common.MAX_WARPS
-        assert elements >= tile.num_warps * common.WARP  # no thread without an element
+        assert elements >= tile.num_ctas * tile.num_warps * common.WARP  # no thread without an element
         assert tile.block_n < 2 * n or tile.block_n == 1  # no wider than the row needs
 
 
@@ -46,6 +48,39 @@ def test_resident_up_to_the_limit(itemsize):
     ):
         assert choose(limit, itemsize, False).block_n == limit
         assert choose(limit + 1, itemsize, False).block_n < limit
+
+
+@pytest.mark.parametrize("largest", [8, 16])
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_clusters_hold_longer_rows(direction, itemsize, largest):
+    """As many times longer as they have blocks, none of which holds more than a program alone can; a
+    cluster that is not portable only where no other would do. Strided and longer rows are as without."""
+    choose = getattr(rows, f"row_{direction}")
+    limit = getattr(rows, f"{direction.upper()}_RESIDENT")[itemsize]
+    assert choose(limit, itemsize, False, largest) == choose(limit, itemsize, False)
+    for n in (limit + 1, 2 * limit, 2 * limit + 1, 8 * limit, 8 * limit + 1, largest * limit):
+        if n > largest * limit:
+            continue
+        tile = choose(n, itemsize, False, largest)
+        assert n <= tile.block_n
+        assert limit // 2 <= tile.block_n // tile.num_ctas <= limit
+        assert tile.num_ctas <= rows.PORTABLE_CLUSTER or n > rows.PORTABLE_CLUSTER * limit
+        assert tile.num_warps <= rows.CLUSTER_WARPS
+        assert choose(n, itemsize, True, largest) == choose(n, itemsize, True)
+    beyond = largest * limit + 1
+    assert choose(beyond, itemsize, False, largest) == choose(beyond, itemsize, False)
+
+
+def test_who_has_clusters():
+    def largest(capability, version, processors=132):
+        return rows.largest_cluster(common.DeviceFacts(capability, processors, 50 * 2**20), version)
+
+    assert largest((9, 0), (3, 9)) == largest((10, 0), (3, 8)) == rows.LARGEST_CLUSTER
+    assert largest((12, 0), (3, 9)) == rows.PORTABLE_CLUSTER
+    assert largest((9, 0), (3, 9), processors=78) == rows.PORTABLE_CLUSTER
+    assert largest((8, 0), (3, 9)) == largest((9, 0), (3, 7)) == 1
+    assert rows.largest_cluster(None, (3, 9)) == 1
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)

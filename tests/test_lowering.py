@@ -16,6 +16,11 @@ from perf.compiled import TARGETS, Lowered
 from perf.lowering import LAYERS, weight_cases
 from perf.shapes import Case
 from tritonnorm import heuristics
+from tritonnorm.launch.common import TRITON_VERSION
+
+DTYPES = {"sm_90": ("bf16", "fp32", "fp64"), "sm_80": ("bf16",), "sm_100": ("bf16",)}
+"""What is compiled for whom: half a second a kernel, without Triton's cache. The tiles are the same for
+all targets, and bfloat16, which is held twice while it is converted, takes the most registers."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -23,9 +28,11 @@ def test_gates(target):
     """No spills, 128-bit accesses, one read, for every tile of `perf.lowering.cases`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "perf", "lowering", "--target", target, "--json"]
+    command += ["--dtypes", *DTYPES[target]]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     records = json.loads(output)
-    assert len(records) > 600
+    assert len(records) > 150 * (1 + len(DTYPES[target]))
+    assert {r["dtype"] for r in records} == {*DTYPES[target]}
     assert {r["kernel"] for r in records} == {
         "row_forward_resident",
         "row_forward_looped",
@@ -39,6 +46,8 @@ def test_gates(target):
         "channel_input_gradient",
         "team_forward",
         "team_backward",
+        "row_team_forward",
+        "row_team_backward",
         "fold_moments",
         "fold_gradient_means",
         "fold_parameter_gradients",
@@ -55,6 +64,9 @@ def test_gates(target):
         if r["violations"] or r["failed"]
     ]
     assert not failing
+    clusters = {r["num_ctas"] for r in records}
+    has_clusters = target != "sm_80" and TRITON_VERSION >= heuristics.rows.CLUSTER_TRITON
+    assert clusters == ({1, 4, 8, 16} if has_clusters else {1})
 
 
 def lowered(**changes):
@@ -69,6 +81,7 @@ def lowered(**changes):
         tiles=[(1, 1024)],
         line=1024,
         num_warps=4,
+        num_ctas=1,
         registers=64,
         stack=0,
         widths={"x": [16], "dy": [16], "dx": [16], "mean": [4]},
@@ -82,6 +95,16 @@ def test_violations_are_noticed():
     assert "accesses of 2 bytes" in lowered(widths={"x": [2] * 8}).violations[0]
     assert "touches" in lowered(widths={"x": [16, 16]}).violations[0]
     assert lowered(line=1001, widths={"x": [2] * 8}).violations == []  # rows are not of whole words
+
+
+def test_a_cluster_splits_its_tile():
+    """Of 4 blocks each accesses a quarter; none of them all of it."""
+    cluster = dict(tiles=[(1, 4096)], line=4096, num_ctas=4)
+    assert lowered(**cluster).violations == []
+    everything = {"x": [16] * 4, "dy": [16], "dx": [16]}
+    assert lowered(**cluster, widths=everything).violations == [
+        "x: touches 32768 bytes of a tile of 8192"
+    ]
 
 
 PTX = """

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_perf_tools import main
+from measuring import main
 
 import tritonnorm.functional as tF
 from perf import overhead

@@ -3,12 +3,14 @@
 import copy
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
+from training import assert_trained_alike, losses
 
 import tritonnorm as tn
 from perf.launches import observe
@@ -358,21 +360,15 @@ def test_training(device):
     for model in models[1:]:
         assert len(tn.convert(model).replaced) == 4
     x, target = torch.randn(2, 3, 4, 16, device=device)
-    losses = []
-    for model, cached in zip(models, (False, False, True), strict=True):
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        found = []
-        for _ in range(8):
-            if cached:
-                with tn.cached_weight_norms(model):
-                    loss = (model(x) - target).square().mean()
-            else:
-                loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        losses.append(found)
-    assert losses[0][-1] < losses[0][0]
-    assert losses[1] == losses[2]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
+
+    def losses_of(model, context):
+        def loss():
+            with context(model):
+                return (model(x) - target).square().mean()
+
+        return losses(loss, model.parameters(), steps=8)
+
+    contexts = (nullcontext, nullcontext, tn.cached_weight_norms)
+    theirs, alone, cached = map(losses_of, models, contexts)
+    assert torch.equal(alone, cached)
+    assert_trained_alike(alone, theirs)

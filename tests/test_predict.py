@@ -13,15 +13,17 @@ from argparse import ArgumentParser
 from dataclasses import replace
 
 import pytest
+import torch
 
-from perf import devices, gates, launches, lowering, model, predict, roofline
+from perf import compiled, devices, gates, launches, lowering, model, predict, roofline
 from perf.assembly import Region
 from perf.compiled import TARGETS, Lowered
 from perf.devices import DEVICES, KB, Device, find, resident
 from perf.predictions import in_own_process
 from perf.shapes import Case
 from perf.traffic import measure
-from tritonnorm import launch
+from tritonnorm import heuristics, launch
+from tritonnorm.launch.common import TRITON_VERSION
 
 TOY = Device("toy", "toy", "sm_90", 10, 2.0, 1000 * KB, 228 * KB, 600, 200)
 """10 SMs at 2 GHz; 1,000 bytes a nanosecond, of which a copy reaches 900."""
@@ -324,9 +326,42 @@ def test_a_csv_of_predictions_has_no_measurement(tmp_path, monkeypatch):
 def test_launches_are_chosen_for_the_device():
     """Not for the one that tensors are on: teams, where one had measured them to be faster."""
     before = launch.pieces.device_facts
-    with launches.on_device(H100.facts):
+    with launches.device_facts(H100.facts):
         assert launch.pieces.device_facts(None) == H100.facts
     assert launch.pieces.device_facts is before
+
+
+def test_long_rows_are_predicted_of_clusters():
+    """Where the device and Triton have them; and not where teams are asked for."""
+    largest_of_h100 = 16 if TRITON_VERSION >= heuristics.rows.CLUSTER_TRITON else 1
+    for device, largest in (("A100", 1), ("H100", largest_of_h100)):
+        with launches.device_facts(find(device).facts):
+            assert launch.rows.largest_cluster(-1) == largest
+    with launches.teams():
+        assert launch.rows.largest_cluster(-1) == 1
+    assert launch.rows.largest_cluster(-1) == 1
+
+
+def test_the_blocks_of_a_cluster_share_a_program():
+    """4 blocks take a quarter of a row of 16,384 each, and do what four programs of a quarter do."""
+    size = 2048 * 16384 * 2
+    sizes = {"x": size, "y": size, "mean": 4 * 8192}
+    cluster = kernel(num_ctas=4, programs=2048, tiles=[(1, 16384)], tensor_bytes=sizes)
+    assert (cluster.threads, cluster.blocks) == (1024, 8192)
+    assert cluster.violations == []
+    assert cluster.sweeps == {"x": 1, "y": 1}
+    assert cluster.bytes_in_flight == kernel().bytes_in_flight
+    assert cluster.instructions_per_byte == kernel().instructions_per_byte
+    assert model.work_of(cluster, TOY) == model.work_of(kernel(), TOY)
+    missed = of(gates.OF_LAUNCHES, replace(cluster, cooperative=True, programs=199), H100)
+    assert missed["9 grid"].how == "a cooperative grid of 796, of which 792 can run"
+
+
+def test_a_row_team_walks_as_often_as_its_teams_must():
+    """20 walks, of 3 teams of 4 programs each; a fold goes through tiles of pieces."""
+    arguments = dict(BLOCK_P=4, WALKS=20, N=4096, BLOCK_N=1024)
+    assert compiled._fold_steps(arguments, 12, []) == pytest.approx(20 / 3)
+    assert compiled._fold_steps(dict(BLOCK_P=4, PIECES=9), 12, [torch.empty(9, 2)]) == 3
 
 
 def test_predict_refuses_the_interpreter_and_unknown_shapes(monkeypatch, capsys):

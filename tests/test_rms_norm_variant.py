@@ -202,7 +202,7 @@ def test_rounding_of_x_hat(n, dtype, parameters, family, device):
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_without_a_kernel_it_is_the_formula(dtype, parameters, family, device, monkeypatch):
     """PyTorch's path: the class's operations, hence its bits."""
-    monkeypatch.setattr(tF, "takes_kernel", lambda *_: False)
+    monkeypatch.setattr(tF.rows, "takes_kernel", lambda *_: False)
     monkeypatch.delattr(launch, "row_forward")
     x, weight = torch.randn(8, 200, device=device).to(dtype), torch.randn(200, device=device)
     theirs, ours, _ = of_family(family, x, weight.to(parameters))
@@ -222,7 +222,7 @@ def test_infinite_x_hat(device, monkeypatch):
     x = torch.full((1, 8), 1e-30, device=device)
     weight = torch.ones(8, device=device).bfloat16()
     kernel = tF.rms_norm_variant(x, (8,), weight, 0.0, round_to="weight")
-    monkeypatch.setattr(tF, "takes_kernel", lambda *_: False)
+    monkeypatch.setattr(tF.rows, "takes_kernel", lambda *_: False)
     formula = tF.rms_norm_variant(x, (8,), weight, 0.0, round_to="weight")
     assert torch.equal(kernel, torch.full_like(x, torch.inf))
     assert torch.equal(formula, kernel)

@@ -274,7 +274,7 @@ def test_parameters_that_are_views(device):
 @pytest.mark.parametrize("n", [64, 9000], ids=["resident", "split"])
 def test_only_the_needed_gradients(needed, n, device):
     """Each subset of gradients is that of the full backward pass, bit for bit."""
-    x, dy = torch.randn(2, 5, n, device=device)
+    x, dy = torch.randn(2, 2 if n > 8192 else 5, n, device=device)
     inputs = (x, *LAYER_NORM.parameters(n, torch.float32, device))
     _, everything = run(LAYER_NORM, *inputs, dy)
     names = ("x", "weight", "bias")
@@ -287,7 +287,7 @@ def test_only_the_needed_gradients(needed, n, device):
 @every_operator
 @pytest.mark.parametrize("n", [64, 1000, 20000])
 def test_same_bits_again(operator, n, device):
-    x, dy = torch.randn(2, 7, n, device=device)
+    x, dy = torch.randn(2, 2 if n > 10000 else 7, n, device=device)
     weight, bias = operator.parameters(n, torch.float32, device)
     first, second = (run(operator, x, weight, bias, dy) for _ in range(2))
     assert torch.equal(first[0], second[0])
@@ -301,11 +301,11 @@ def test_same_bits_again(operator, n, device):
 def test_batch_invariance(operator, n, dtype, device):
     """The bits of a row do not depend on the other rows: not on how many, nor on where it starts.
     At n = 60 and 1004, rows start at other alignments than the batch does."""
-    m = 5 if n > 10000 else 23
+    m = 3 if n > 10000 else 23
     x, dy = torch.randn(2, m, n, device=device).to(dtype)
     weight, bias = operator.parameters(n, dtype, device)
     y, (dx, *_) = run(operator, x, weight, bias, dy)
-    for start, stop in [(0, 1), (1, 2), (3, m - 1), (m - 1, m)]:
+    for start, stop in [(1, 2)] if n > 10000 else [(0, 1), (1, 2), (3, m - 1), (m - 1, m)]:
         part_y, (part_dx, *_) = run(operator, x[start:stop], weight, bias, dy[start:stop])
         assert torch.equal(part_y, y[start:stop])
         assert torch.equal(part_dx, dx[start:stop])
@@ -409,7 +409,7 @@ def test_more_rows_than_programs(device, monkeypatch):
     from tritonnorm import heuristics
     from tritonnorm.launch.common import forget_plans
 
-    x, dy = torch.randn(2, 41, 1024, device=device)
+    x, dy = torch.randn(2, 14, 1024, device=device)  # a row a program: five rows each of three
     inputs = (x, *LAYER_NORM.parameters(1024, torch.float32, device))
     _, alone = run(LAYER_NORM, *inputs, dy)
     monkeypatch.setattr(heuristics.common, "MAX_PARTIALS", 3)

@@ -10,12 +10,10 @@ from conftest import INTERPRETED
 from test_channels import make_small
 
 import tritonnorm.functional as tF
+from perf.launches import H100, TEAMS, choosing
 from tritonnorm import heuristics, launch
 from tritonnorm.heuristics.channels import Pieces
-from tritonnorm.heuristics.common import DeviceFacts
 from tritonnorm.heuristics.teams import Team
-
-H100 = DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
 
 SETS = [
     (GROUP_NORM, (2, 6, 13, 11), 2),
@@ -41,10 +39,10 @@ def teams(monkeypatch):
 
     choose = heuristics.teams.team
     facts = H100 if INTERPRETED else launch.common.device_facts(torch.device("cuda"))
-    monkeypatch.setattr(heuristics.teams, "TEAM_CAPABILITIES", {facts.capability})
     monkeypatch.setattr(heuristics.teams, "team", narrow)
     monkeypatch.setattr(launch.pieces, "device_facts", lambda device: facts)
-    return chosen
+    with choosing(TEAMS):
+        yield chosen
 
 
 @pytest.mark.parametrize(("operator", "shape", "groups"), SETS, ids=str)
@@ -81,18 +79,17 @@ PIECES = Pieces(block_c=64, block_s=32, images=1, steps=4, num_warps=4, register
 LINES = Pieces(block_c=1, block_s=2048, images=1, steps=4, num_warps=4, registers=None)
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    """As if teams had been measured to be faster on an H100."""
-    monkeypatch.setattr(heuristics.teams, "TEAM_CAPABILITIES", {H100.capability})
-
-
-def test_no_team_where_none_was_measured():
-    assert heuristics.teams.team((1, 320, 4096), 10, False, PIECES, 2, H100) is None
+def test_no_team_without_a_gpu():
+    assert heuristics.teams.team((1, 320, 4096), 10, False, PIECES, 2, H100) is not None
     assert heuristics.teams.team((1, 320, 4096), 10, False, PIECES, 2, None) is None
 
 
-@pytest.mark.usefixtures("measured")
+def test_a_set_has_a_magnitude():
+    """A group of 10 channels of 4,096 positions, or a channel of 8 images: 2^16 elements hold either."""
+    assert heuristics.teams.magnitude((8, 320, 4096), 10, False) == 16
+    assert heuristics.teams.magnitude((8, 320, 4096), 1, True) == 15
+
+
 @pytest.mark.parametrize("pieces", [PIECES, LINES])
 @pytest.mark.parametrize(
     ("sizes", "cg", "over_batch"),
@@ -124,7 +121,6 @@ def test_teams_are_legal(sizes, cg, over_batch, pieces):
     assert team.teams * unit_bytes <= H100.l2_bytes / 3
 
 
-@pytest.mark.usefixtures("measured")
 def test_one_image_fills_the_gpu():
     team = heuristics.teams.team((1, 320, 4096), 10, False, LINES, 2, H100)
     assert team == Team(units=32, blocks=10, members=10, teams=32, width=10)

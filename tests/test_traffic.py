@@ -3,9 +3,10 @@
 import pytest
 from conftest import INTERPRETED
 
-from perf import traffic
+from perf import launches, traffic
 from perf.shapes import OPERATORS, ROW_OPERATORS, Case
 from tritonnorm import heuristics
+from tritonnorm.kernels import row_team
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU no bytes are counted")
 
@@ -35,6 +36,29 @@ def test_floor(operator, direction, dtype):
             chunk = heuristics.rows.row_forward(n, case.itemsize, strided=False).block_n
             first = chunk / n if operator == "layer_norm" else 0
             assert moved.activations == {"x": pytest.approx(2 + first), "y": 1}
+
+
+@pytest.mark.parametrize("case", traffic.cluster_cases(brief=True), ids=lambda case: case.label)
+def test_floor_of_clusters(case):
+    """2T and 3T within 0.5% of rows that a cluster holds."""
+    moved = traffic.measure(case, "cluster")
+    assert abs(moved.excess) <= traffic.TOLERANCE
+    assert not moved.reread
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_floor_of_row_teams(direction, monkeypatch):
+    """2T and 3T within 0.5% of rows that a team holds, whose programs wait for nobody here."""
+
+    def unguarded(kernel, grid, arguments):
+        kernel.kernel[grid](**arguments)  # what others publish is no race
+
+    monkeypatch.setattr(row_team, "meet", lambda arrivals, count: None)
+    with launches.observe(unguarded):
+        moved = traffic.measure(Case("layer_norm", direction, (2, 20000), "bf16"), "team")
+    assert moved.partials
+    assert abs(moved.excess) <= traffic.TOLERANCE
+    assert not moved.reread
 
 
 ONE_READ_CHANNELS = {

@@ -8,15 +8,20 @@ from torch._subclasses import FakeTensor
 
 from .dtypes import HALF, SUPPORTED, compute_dtype
 from .views import LARGEST_SET
-from .watch import is_functional, is_transformed
+from .watch import check_constants, is_functional, is_transformed
 
 try:
     from .autograd import normalize_channels, normalize_rows, normalize_weights
+    from .calls import prepared
     from .launch import Running
 except ModuleNotFoundError as error:  # a platform without Triton: PyTorch's operators serve
     if error.name != "triton":
         raise
     Running = normalize_channels = normalize_rows = normalize_weights = None
+
+    def prepared(*_):
+        """No call is."""
+
 
 __all__ = [
     "Running",
@@ -31,6 +36,7 @@ __all__ = [
     "normalize_channels",
     "normalize_rows",
     "normalize_weights",
+    "prepared",
     "result_dtype",
     "takes_kernel",
     "with_torch",
@@ -186,7 +192,6 @@ def check_running(name, running_mean, running_var, flag, given):
     for argument, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor is None and given:
             raise RuntimeError(f"{name}: {argument} must be given where {flag} is False")
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: {argument} cannot require a gradient: none is computed for it")
+    check_constants(name, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: running_mean and running_var must both be given, or both be None")

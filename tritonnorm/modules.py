@@ -104,7 +104,10 @@ class _BatchNorm:
 
     @staticmethod
     def _reciprocal(count, input):
-        """Of a tensor of one number: on its device for a kernel, a float for PyTorch's operator."""
+        """Of a tensor of one number: on its device for a kernel, a float for PyTorch's operator. One on
+        the meta device has none, and nothing depends on it: shapes alone are computed."""
+        if count.is_meta:
+            return 1.0
         if is_plain(input) and takes_kernel(input):
             return count.double().reciprocal()
         return 1.0 / float(count)

@@ -25,3 +25,10 @@ def is_watched(*tensors) -> bool:
         if type(t) is FakeTensor:
             return True
     return False
+
+
+def check_constants(name, **arguments):
+    """That autograd waits for no gradient of arguments, tensors or None, for which none is computed."""
+    for argument, tensor in arguments.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: {argument} cannot require a gradient: none is computed for it")

@@ -1,4 +1,5 @@
-"""Launch choices: pure functions of sizes and dtype widths, nothing else.
+"""Launch choices: pure functions of sizes and dtype widths, nothing else. Where a table of
+measured choices has an entry (`table.py`), it decides instead.
 
 What changes the order of a reduction depends on the reduced size, on the dtype and on the memory format,
 so that the bits of a row, or of an image, do not depend on how many there are; the number of partial
@@ -8,6 +9,6 @@ Registers and spills were read off the compiler (`python -m perf lowering`); cho
 that compile equally clean wait for a measurement and say so.
 """
 
-from . import channels, common, rows, teams, weights
+from . import channels, common, rows, table, teams, weights
 
-__all__ = ["channels", "common", "rows", "teams", "weights"]
+__all__ = ["channels", "common", "rows", "table", "teams", "weights"]

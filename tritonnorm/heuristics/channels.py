@@ -156,8 +156,8 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pie
 def channel_forward(
     n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
 ) -> Pieces:
-    """The pieces of the forward pass over n images of c channels and s positions. For statistics of
-    groups they do not depend on n."""
+    """The pieces of the forward pass over images of c channels and s positions. n are the images that
+    share statistics: 1 for those of groups, whose pieces do not depend on the others."""
     return _channel_pieces(
         n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize]
     )

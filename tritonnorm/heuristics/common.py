@@ -33,11 +33,13 @@ alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 @dataclass(frozen=True)
 class RowTile:
-    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N."""
+    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. A program is a cluster
+    of `num_ctas` blocks of `num_warps` each, which have a part of the columns each."""
 
     rows: int
     block_n: int
     num_warps: int
+    num_ctas: int = 1
 
 
 def power_of_two(n: int) -> int:
@@ -59,13 +61,14 @@ def registers(warps: int, itemsize: int) -> int | None:
     return min(WIDE_REGISTERS, SM_REGISTERS // (warps * WARP)) if itemsize == 8 else None
 
 
-def partials(steps: int, program_bytes: int, traffic: int) -> int:
-    """Programs that share so many steps, each leaving `program_bytes` of partial parameter gradients, in
-    a backward pass that moves `traffic` bytes."""
+def partials(steps: int, program_bytes: int, traffic: int, programs: int | None = None) -> int:
+    """Programs, at most `programs` or MAX_PARTIALS, that share so many steps, each leaving
+    `program_bytes` of partial parameter gradients, in a backward pass that moves `traffic` bytes."""
+    most = MAX_PARTIALS if programs is None else programs
     if program_bytes == 0:
-        return min(steps, MAX_PARTIALS)
+        return min(steps, most)
     share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
-    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), MAX_PARTIALS), 1)
+    return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), most), 1)
 
 
 def fold(partials: int) -> RowTile:

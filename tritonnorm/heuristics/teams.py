@@ -1,14 +1,10 @@
-"""When the programs of one launch share the sets of the channel view, and how."""
+"""When the programs of one launch share the sets of the channel view, or rows, and how."""
 
 from dataclasses import dataclass
 from math import ceil
 
 from .channels import Pieces
-from .common import DeviceFacts
-
-TEAM_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
-"""Compute capabilities on which teams were measured to be faster than the split form: none so far.
-`python -m perf bench --providers tritonnorm tritonnorm.team` measures."""
+from .common import SM_REGISTERS, WARP, WIDE_REGISTERS, DeviceFacts
 
 TEAM_PROGRAMS, TEAM_REGISTERS = 4, 128
 """Programs of a team's launch on an SM, all of which must be running, and registers a thread that leave
@@ -16,6 +12,50 @@ room for them at 4 warps each."""
 
 TEAM_L2_SHARE = 1 / 3
 """Part of L2 that units in flight may take: they are read again from there, beside what is written."""
+
+ROW_FORWARD_SLAB = {2: 4096, 4: 4096, 8: 2048}
+"""Columns, by bytes an element, that a program of a row's team holds: 16 elements a thread (float64: 8)
+as of `rows.FORWARD_ELEMENTS`, in few warps, so that several programs are on an SM."""
+
+ROW_BACKWARD_SLAB = {2: 2048, 4: 2048, 8: 1024}
+"""The same for the backward pass."""
+
+ROW_TEAM_WARPS = 8
+ROW_TEAM_REGISTERS = {2: 80, 4: 80, 8: WIDE_REGISTERS}
+"""Registers a thread, at most: 3 programs on an SM (float64: 2). With 64, for 4 of them, the backward
+pass of LayerNorm spills (unmeasured)."""
+
+
+@dataclass(frozen=True)
+class RowTeam:
+    """`teams` teams of `width` programs, which hold `block_n` columns of a row each."""
+
+    block_n: int
+    num_warps: int
+    registers: int
+    width: int
+    teams: int
+
+
+def prefer_row_teams(backward: bool, n: int, itemsize: int) -> bool:
+    """Whether teams are faster than two reads, for rows of n elements that neither a program nor a
+    cluster holds. Nowhere, unless the table of an architecture says so: no GPU has measured them yet."""
+    return False
+
+
+def row_team(
+    n: int, itemsize: int, slab: dict[int, int], walks: int, device: DeviceFacts | None
+) -> RowTeam | None:
+    """How teams take rows of n elements, in so many walks through the rows; None where they do not. No
+    result depends on the number of teams, nor does anything else on that of the walks."""
+    if device is None:
+        return None
+    block_n, registers = slab[itemsize], ROW_TEAM_REGISTERS[itemsize]
+    width = ceil(n / block_n)
+    programs = device.processors * (SM_REGISTERS // (ROW_TEAM_WARPS * WARP * registers))
+    if width > programs:
+        return None
+    return RowTeam(block_n, ROW_TEAM_WARPS, registers, width, min(walks, programs // width))
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,20 @@ class Team:
     width: int
 
 
+def magnitude(sizes: tuple[int, int, int], cg: int, over_batch: bool) -> int:
+    """The elements of a set of cg channels, rounded up to a power of two: its exponent."""
+    n, _, s = sizes
+    return (cg * s * (n if over_batch else 1) - 1).bit_length()
+
+
+def prefer_teams(
+    backward: bool, magnitude: int, itemsize: int, adjacent: str | None, over_batch: bool
+) -> bool:
+    """Whether teams are faster than the split form, for sets of 2^magnitude elements or a little less.
+    Nowhere, unless the table of an architecture says so: no GPU has measured them yet."""
+    return False
+
+
 def team(
     sizes: tuple[int, int, int],
     cg: int,
@@ -38,9 +92,10 @@ def team(
     element_bytes: int,
     device: DeviceFacts | None,
 ) -> Team | None:
-    """How teams take the pieces of sets of cg channels; None for the split form. `sizes` are (n, c, s),
-    and `element_bytes` those of all tensors that are read twice. No result depends on this choice."""
-    if device is None or device.capability not in TEAM_CAPABILITIES:
+    """How teams take the pieces of sets of cg channels, where they are preferred; None if they cannot.
+    `sizes` are (n, c, s), and `element_bytes` those of all tensors that are read twice. No result
+    depends on this choice."""
+    if device is None:
         return None
     n, c, s = sizes
     blocks = _channel_blocks(c, cg, pieces.block_c)

@@ -13,12 +13,24 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.channel import channel_gradient_sums
-from ..kernels.group import group_backward, group_forward
+from ..kernels import channel as channel_kernels
+from ..kernels import group as group_kernels
 from ..views import channel_view, common_alignment
 from . import pieces
-from .common import fold_parameters, on_device, parameter_partials, planned
+from .common import (
+    CHOICES,
+    Kernel,
+    fold_parameters,
+    is_written,
+    on_device,
+    parameter_partials,
+    planned,
+)
 from .pieces import Sets
+
+channel_gradient_sums = Kernel(channel_kernels.channel_gradient_sums)
+group_backward = Kernel(group_kernels.group_backward)
+group_forward = Kernel(group_kernels.group_forward)
 
 
 def _dense_format(x):
@@ -29,8 +41,9 @@ def _dense_format(x):
 
 
 @planned
-def _make_sets(shape, groups, over_batch, strides, align) -> Sets:
-    return Sets(channel_view(shape, over_batch, strides), align, shape[1] // groups, over_batch)
+def _make_sets(shape, groups, over_batch, strides, align, choices) -> Sets:
+    view = channel_view(shape, over_batch, strides)
+    return Sets(view, align, shape[1] // groups, over_batch, choices)
 
 
 def _sets(over, groups, inputs, output):
@@ -49,7 +62,8 @@ def _sets(over, groups, inputs, output):
         strides = tuple([t.stride() for t in tensors])
         view = channel_view(shape, over_batch, strides)
     align = common_alignment(view, tensors)
-    return _make_sets(shape, groups, over_batch, strides, align), inputs, output
+    choices = CHOICES[inputs[0].get_device()]
+    return _make_sets(shape, groups, over_batch, strides, align, choices), inputs, output
 
 
 @planned
@@ -57,7 +71,8 @@ def _resident(sets: Sets, heuristic, itemsize) -> heuristics.channels.GroupTile 
     """The tile of sets that one program holds; None if it cannot."""
     if sets.over_batch and sets.view.n > 1:
         return None
-    return heuristic(sets.cg, sets.view.c // sets.cg, sets.view.s, itemsize, sets.view.adjacent)
+    view = sets.view
+    return sets.choices(heuristic, sets.cg, view.c // sets.cg, view.s, itemsize, view.adjacent)
 
 
 @planned
@@ -111,10 +126,10 @@ class _Running:
         )
 
     def moved(self):
-        """A kernel has written to them: autograd must know, as of any change in place."""
+        """A kernel has written to them."""
         for given, moved in zip(self.given, (self.mean, self.var), strict=True):
             if given is not None and given is moved:
-                torch.autograd.graph.increment_version(given)
+                is_written(given)
             elif given is not None:
                 given.copy_(moved)
 

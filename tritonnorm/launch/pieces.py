@@ -9,16 +9,20 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.channel import (
-    channel_gradient_sums,
-    channel_input_gradient,
-    channel_moments,
-    channel_normalize,
-)
-from ..kernels.fold import fold_gradient_means, fold_moments
-from ..kernels.team import team_backward, team_forward
+from ..kernels import channel as channel_kernels
+from ..kernels import fold as fold_kernels
+from ..kernels import team as team_kernels
 from ..views import ChannelView
-from .common import FP_FUSION, device_facts, parameter_partials, planned
+from .common import FP_FUSION, Kernel, device_facts, parameter_partials, planned
+
+channel_gradient_sums = Kernel(channel_kernels.channel_gradient_sums)
+channel_input_gradient = Kernel(channel_kernels.channel_input_gradient)
+channel_moments = Kernel(channel_kernels.channel_moments)
+channel_normalize = Kernel(channel_kernels.channel_normalize)
+fold_gradient_means = Kernel(fold_kernels.fold_gradient_means)
+fold_moments = Kernel(fold_kernels.fold_moments)
+team_backward = Kernel(team_kernels.team_backward)
+team_forward = Kernel(team_kernels.team_forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,7 @@ class Sets:
     align: int | None
     cg: int
     over_batch: bool
+    choices: heuristics.table.Choices
 
     @property
     def an_image(self) -> int:
@@ -63,7 +68,8 @@ class Sets:
 @planned
 def _choose(sets: Sets, heuristic, itemsize) -> heuristics.channels.Pieces:
     view = sets.view
-    return heuristic(view.n, view.c, view.s, itemsize, view.adjacent, sets.over_batch)
+    n = view.n if sets.over_batch else 1
+    return sets.choices(heuristic, n, view.c, view.s, itemsize, view.adjacent, sets.over_batch)
 
 
 def in_pieces(pieces: heuristics.channels.Pieces):
@@ -129,10 +135,20 @@ def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
     )
 
 
+@planned
+def _prefers_teams(sets: Sets, itemsize: int, backward: bool) -> bool:
+    view, teams = sets.view, heuristics.teams
+    magnitude = teams.magnitude((view.n, view.c, view.s), sets.cg, sets.over_batch)
+    kind = backward, magnitude, itemsize, view.adjacent, sets.over_batch
+    return sets.choices(teams.prefer_teams, *kind)
+
+
 def _team(
-    sets: Sets, pieces: heuristics.channels.Pieces, x, tensors: int
+    sets: Sets, pieces: heuristics.channels.Pieces, x, backward: bool
 ) -> heuristics.teams.Team | None:
-    """The team that takes the pieces of x and `tensors` - 1 others; None for the split form."""
+    """The team that takes the pieces of x, and in the backward pass of dy; None for the split form."""
+    if not _prefers_teams(sets, x.element_size(), backward):
+        return None
     view = sets.view
     _, fold, fold_tile = _fold(sets, pieces)
     fold_shape = fold["BLOCK_P"], fold_tile["BLOCK_C"]
@@ -148,7 +164,7 @@ def _team(
         sets.cg,
         sets.over_batch,
         pieces,
-        tensors * x.element_size(),
+        (2 if backward else 1) * x.element_size(),
         device_facts(x.device),
     )
 
@@ -191,7 +207,7 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
         **moving,
         **fold,
     )
-    if team := _team(sets, pieces, x, tensors=1):
+    if team := _team(sets, pieces, x, backward=False):
         team_grid, team_arguments = _in_team(team, x.device)
         team_forward[team_grid](
             x_ptr=x,
@@ -241,7 +257,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
     grid, fold, fold_tile = _fold(sets, pieces)
     means = {name: torch.empty_like(mean) for name in ("c1_ptr", "c2_ptr")} if output else None
 
-    if output and (team := _team(sets, pieces, x, tensors=2)):
+    if output and (team := _team(sets, pieces, x, backward=True)):
         team_grid, team_arguments = _in_team(team, x.device)
         team_backward[team_grid](
             inverse_count=1 / sets.elements,

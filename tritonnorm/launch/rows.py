@@ -11,10 +11,24 @@ import triton.language as tl
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.row import row_backward as row_backward_kernel
-from ..kernels.row import row_forward_looped, row_forward_resident, row_gradient_means
+from ..kernels import row as row_kernels
 from ..views import RowView, common_alignment, row_view
-from .common import FP_FUSION, fold_parameters, on_device, parameter_partials, planned
+from . import row_teams
+from .common import (
+    CHOICES,
+    FP_FUSION,
+    Kernel,
+    fold_parameters,
+    largest_cluster,
+    on_device,
+    parameter_partials,
+    planned,
+)
+
+row_backward_kernel = Kernel(row_kernels.row_backward)
+row_forward_looped = Kernel(row_kernels.row_forward_looped)
+row_forward_resident = Kernel(row_kernels.row_forward_resident)
+row_gradient_means = Kernel(row_kernels.row_gradient_means)
 
 ROUND = {None: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Of each dtype that x_hat can be rounded to, the kernels' name."""
@@ -29,11 +43,13 @@ class _Plan(NamedTuple):
     arguments: dict  # of every kernel
 
 
-def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) -> _Plan | None:
+def _make_plan(
+    shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster
+) -> _Plan | None:
     view = row_view(shape, normalized_dims, strides)
     if view is None:
         return None
-    tile = heuristic(view.n, itemsize, view.strided)
+    tile = choices(heuristic, view.n, itemsize, view.strided, cluster)
     arguments = dict(
         x_strides=view.strides[0],
         M=view.m,
@@ -48,25 +64,30 @@ def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) ->
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
+    if tile.num_ctas > 1:
+        arguments["num_ctas"] = tile.num_ctas
     return _Plan(view, tile, ceil(view.m / tile.rows), arguments)
 
 
 @planned
-def _plan_forward(shape, normalized_dims, strides, options, itemsize):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_forward, itemsize)
+def _plan_forward(shape, normalized_dims, strides, options, itemsize, choices, cluster):
+    heuristic = heuristics.rows.row_forward
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
     if plan is not None:
         plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
     return plan
 
 
 @planned
-def _plan_backward(shape, normalized_dims, strides, options, itemsize, parameters):
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristics.rows.row_backward, itemsize)
+def _plan_backward(shape, normalized_dims, strides, options, itemsize, choices, cluster, parameters):
+    heuristic = heuristics.rows.row_backward
+    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
     if plan is None:
         return None
     plan.arguments.update(dy_strides=plan.view.strides[1])
     view = plan.view
-    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows)
+    most = choices(heuristics.rows.row_programs, view.n, itemsize, view.strided)
+    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows, most)
     return plan._replace(programs=programs)
 
 
@@ -74,7 +95,9 @@ def _plan_rows(make, inputs, output, normalized_dims, options, *others):
     """The plan that `make` has for inputs and output (or None), and what it is for: the tensors
     themselves or, where they have no view in common, contiguous ones in their stead."""
     first = inputs[0]
-    shape, others = first.shape, (options, first.element_size(), *others)
+    device = first.get_device()
+    others = options, first.element_size(), CHOICES[device], largest_cluster(device), *others
+    shape = first.shape
     tensors = inputs if output is None else (*inputs, output)
     plan = make(shape, normalized_dims, tuple([t.stride() for t in tensors]), *others)
     if plan is None:
@@ -102,18 +125,22 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
         return y, mean, spread
 
     plan, align, (x,), target = _plan_rows(_plan_forward, (x,), y, normalized_dims, options)
-    kernel = row_forward_resident if plan.tile.block_n >= plan.view.n else row_forward_looped
+    operands = dict(
+        x_ptr=x,
+        y_ptr=target,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        mean_ptr=mean,
+        spread_ptr=spread,
+        ALIGN=align,
+        **plan.arguments,
+    )
+    resident = plan.tile.block_n >= plan.view.n
     with on_device(x):
-        kernel[(plan.programs,)](
-            x_ptr=x,
-            y_ptr=target,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            mean_ptr=mean,
-            spread_ptr=spread,
-            ALIGN=align,
-            **plan.arguments,
-        )
+        if resident:
+            row_forward_resident[(plan.programs,)](**operands)
+        elif not row_teams.forward(plan.view, operands):
+            row_forward_looped[(plan.programs,)](**operands)
     if target is not y:
         y.copy_(target)
     return y, mean, spread
@@ -162,20 +189,22 @@ def row_backward(
         ALIGN=align,
         **arguments,
     )
+    outputs = dict(
+        dx_ptr=target,
+        dweight_partial_ptr=partials[0],
+        dbias_partial_ptr=partials[1],
+        dx_strides=view.strides[2] if dx is not None else None,
+    )
+    split = dx is not None and tile.block_n < view.n
     with on_device(x):
-        c1 = c2 = None
-        if dx is not None and tile.block_n < view.n:
-            c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
-            row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
-        row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
-            c1_ptr=c1,
-            c2_ptr=c2,
-            dx_ptr=target,
-            dweight_partial_ptr=partials[0],
-            dbias_partial_ptr=partials[1],
-            dx_strides=view.strides[2] if dx is not None else None,
-            **shared,
-        )
+        if not (split and row_teams.backward(view, programs, outputs | shared)):
+            c1 = c2 = None
+            if split:
+                c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
+                row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
+            row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
+                c1_ptr=c1, c2_ptr=c2, **outputs, **shared
+            )
         dweight, dbias = fold_parameters(partials, dtypes)
     if target is not dx:
         dx.copy_(target)

@@ -13,17 +13,17 @@ import torch
 
 from .. import heuristics
 from ..dtypes import compute_dtype
-from ..kernels.weight import (
-    weight_backward,
-    weight_forward,
-    weight_gradient_sums,
-    weight_input_gradient,
-    weight_normalize,
-    weight_squares,
-)
+from ..kernels import weight as weight_kernels
 from ..views import WeightView, memory_order, weight_view
-from .common import FP_FUSION, on_device, planned
+from .common import FP_FUSION, Kernel, on_device, planned
 from .pieces import in_pieces
+
+weight_backward = Kernel(weight_kernels.weight_backward)
+weight_forward = Kernel(weight_kernels.weight_forward)
+weight_gradient_sums = Kernel(weight_kernels.weight_gradient_sums)
+weight_input_gradient = Kernel(weight_kernels.weight_input_gradient)
+weight_normalize = Kernel(weight_kernels.weight_normalize)
+weight_squares = Kernel(weight_kernels.weight_squares)
 
 SIZES = ("N", "C", "S", "IMAGES", "STEPS")
 

@@ -1,0 +1,120 @@
+"""Answers near those of the heuristics: what `tune` tries. Pure functions, as the heuristics are."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+
+from tritonnorm.heuristics import table
+from tritonnorm.heuristics.channels import GroupTile, Pieces
+from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two, registers
+
+STEPS = (0.5, 2)
+"""Every number of a choice is a power of two, and its neighbours half and twice of it; no further, since
+what is two steps away has four times as many registers a thread, or a quarter of the loads in flight."""
+
+BOTH = (
+    *((step, 1) for step in STEPS),
+    *((1, step) for step in STEPS),
+    *((step, step) for step in STEPS),
+)
+"""Two numbers of which one is changed, or both alike."""
+
+RESIDENT_AFTER_ALL = 32768
+"""Elements, at most, of a tile that is tried where the heuristics have none that is resident: twice what
+they hold. What spills is found out by the compiler."""
+
+
+def _times(number: int, factor: float) -> int:
+    return int(number * factor)
+
+
+def _row_tiles(tile: RowTile, n: int, **_) -> Iterator[RowTile]:
+    for of_rows, of_warps in BOTH:
+        rows, num_warps = _times(tile.rows, of_rows), _times(tile.num_warps, of_warps)
+        yield replace(tile, rows=rows, num_warps=num_warps)
+    if tile.block_n < n:
+        for of_block, of_warps in BOTH:
+            block_n, num_warps = _times(tile.block_n, of_block), _times(tile.num_warps, of_warps)
+            yield replace(tile, block_n=block_n, num_warps=num_warps)
+        if power_of_two(n) <= RESIDENT_AFTER_ALL:
+            yield replace(tile, rows=1, block_n=power_of_two(n), num_warps=MAX_WARPS)
+
+
+def _programs(programs: int, **_) -> Iterator[int]:
+    for factor in (0.25, *STEPS):
+        yield _times(programs, factor)
+
+
+def _group_tiles(
+    tile: GroupTile | None, cg: int, s: int, itemsize: int, **_
+) -> Iterator[GroupTile | None]:
+    def of(groups, num_warps):
+        sizes = power_of_two(groups * cg), power_of_two(s)
+        return GroupTile(groups, *sizes, num_warps, registers(max(num_warps, 1), itemsize))
+
+    if tile is not None:
+        for of_groups, of_warps in BOTH:
+            yield of(_times(tile.groups, of_groups), _times(tile.num_warps, of_warps))
+        yield None
+    elif power_of_two(cg) * power_of_two(s) <= RESIDENT_AFTER_ALL:
+        yield of(1, MAX_WARPS)
+
+
+def _pieces(pieces: Pieces, s: int, itemsize: int, over_batch: bool, **_) -> Iterator[Pieces]:
+    def of(of_c=1.0, of_s=1.0, of_steps=1.0, of_warps=1.0, of_images=1.0):
+        num_warps = _times(pieces.num_warps, of_warps)
+        return Pieces(
+            _times(pieces.block_c, of_c),
+            _times(pieces.block_s, of_s),
+            _times(pieces.images, of_images),
+            _times(pieces.steps, of_steps),
+            num_warps,
+            registers(max(num_warps, 1), itemsize),
+        )
+
+    for step in STEPS:
+        yield of(of_warps=step)
+        yield of(of_c=step, of_s=1 / step, of_steps=step)  # as many elements of another form
+        yield of(of_s=step, of_steps=1 / step)
+        yield of(of_s=step, of_steps=1 / step, of_warps=step)
+        yield of(of_steps=step)
+        if over_batch:
+            yield of(of_images=step)
+
+
+def _teams(preferred: bool, **_) -> Iterator[bool]:
+    yield not preferred
+
+
+NEIGHBOURS = {
+    "row_forward": _row_tiles,
+    "row_backward": _row_tiles,
+    "row_programs": _programs,
+    "group_forward": _group_tiles,
+    "group_backward": _group_tiles,
+    "channel_forward": _pieces,
+    "channel_backward": _pieces,
+    "prefer_teams": _teams,
+    "prefer_row_teams": _teams,
+}
+
+
+def _elements(answer) -> int | None:
+    """Elements of a tile; None for what is none."""
+    if isinstance(answer, RowTile):
+        return answer.rows * answer.block_n
+    if isinstance(answer, GroupTile | Pieces):
+        return prod((answer.block_c, answer.block_s))
+    return None
+
+
+def neighbours(choice: str, arguments: Mapping, chosen) -> list:
+    """The legal answers near the one that was chosen, which is not among them, each once. None leaves
+    threads without an element."""
+    found = []
+    for answer in NEIGHBOURS[choice](chosen, **arguments):
+        idle = (elements := _elements(answer)) is not None and elements < answer.num_warps * WARP
+        known = answer == chosen or answer in found
+        if not idle and not known and table.flaw(choice, arguments, answer) is None:
+            found.append(answer)
+    return found

@@ -1,0 +1,114 @@
+"""What the derivatives of all views share."""
+
+import torch
+
+from .. import launch, library
+from ..launch.replay import Recorded
+from ..watch import is_watched
+
+
+def formula_gradients(formula, dy, inputs, needed, options):
+    """The gradients of `formula(*inputs, *options)`, which autograd can differentiate again, or batch.
+
+    They are taken with respect to aliases: an input that was computed from another one (a weight
+    from x, say) would otherwise contribute to that one's gradient, and hooks would run twice.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [t if t is None else t.view_as(t) for t in inputs]
+        y = formula(*aliases, *options)
+        wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(found) if need else None for need in needed]
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def takes_kernel(dy) -> bool:
+    """Whether a kernel can take this gradient: no second derivative is wanted, and it is plain."""
+    return not torch.is_grad_enabled() and is_plain(dy)
+
+
+def is_plain(dy) -> bool:
+    """Whether a gradient has memory of its own: not one of a batch (vmap), nor all zeros."""
+    return torch.compiler.is_dynamo_compiling() or not (
+        _is_batched(dy) or _is_wrapped(dy) or dy._is_zerotensor()
+    )
+
+
+def backward_runner(runner, dy):
+    """What runs a backward pass. Who watches it (compiled autograd, say) sees the operators, though the
+    forward pass was launched."""
+    return library.operators if is_watched(dy) else runner
+
+
+class Backwards:
+    """The backward passes of calls that look alike, `make(runner, weight, needed)` each."""
+
+    def __init__(self, runner, make):
+        self.runner, self.make = runner, make
+        self.made = {}
+
+    def run(self, dy, x, weight, statistics, needed):
+        """The gradients that are `needed` of x, weight and bias."""
+        runner = backward_runner(self.runner, dy)
+        if runner is not launch:  # sizes may be symbols
+            return self.make(runner, weight, needed)(dy, x, weight, *statistics)
+        # What was saved may come back with other strides than it had (saved_tensors_hooks).
+        key = dy.stride(), x.stride(), dy.is_neg(), needed
+        backward = self.made.get(key)
+        if backward is None:
+            backward = self.made[key] = Recorded(self.make(runner, weight, needed))
+        return backward.run(dy, x, weight, *statistics)
+
+
+def stand_in(x, shape, dtype):
+    """For a bias whose gradient is wanted: no gradient depends on what it was, and it is not kept."""
+    return torch.zeros(shape, dtype=dtype, device=x.device, requires_grad=True)
+
+
+class _Plain:
+    """A function that is not recorded."""
+
+    def __init__(self, function):
+        self.run = function
+
+
+def recorded(runner, function):
+    """The function as `run`, recorded if it launches at once."""
+    return (Recorded if runner is launch else _Plain)(function)
+
+
+def results(ctx, runner, x, y, *statistics):
+    """What a forward pass returns: y, of the registered operators the statistics too."""
+    if runner is launch:
+        return y
+    statistics = library.with_statistics(x, statistics)
+    ctx.mark_non_differentiable(*statistics)
+    return y, *statistics
+
+
+def direct_apply(function):
+    """`function.apply(*options, *tensors)` for who knows that no transform is at work: PyTorch does not
+    ask again, which takes 2 us."""
+    apply = super(torch.autograd.Function, function).apply
+    unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that has left its transform
+
+    def apply_directly(options, *tensors):
+        return apply(*options, *[t if t is None else unwrap(t) for t in tensors])
+
+    return apply_directly
+
+
+def needs_graph(*tensors) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
