@@ -40,8 +40,11 @@ SIZES = tuple(2**k for k in range(17))
 """Row lengths: every power of two is a tile of its own as long as rows are resident; 65,536 is longer
 than any that is."""
 
-ODD_SIZES = (48, 1000, 5120)
+ODD_SIZES = (48, 768, 1000, 3072, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
+
+NARROW_SIZES = (127, 1001, 5124)
+"""Rows that no wide access reaches, as several tiles or one."""
 
 GROUPS = 32
 CHANNEL_SHAPES = {
@@ -214,7 +217,7 @@ def _instructions(cubin: bytes) -> int:
         file.write(cubin)
         file.flush()
         sass = _tool("cuobjdump", "-sass", file.name)
-    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+((?!NOP).*);", sass, re.MULTILINE)
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?!NOP)(\S.*);", sass, re.MULTILINE)
     position = {int(address, 16): i for i, (address, _) in enumerate(found)}
     longest = 0
     for i, (_, instruction) in enumerate(found):
@@ -240,7 +243,8 @@ def _tiles(arguments) -> list[tuple[int, int]]:
     if "TILES" in arguments:
         return sorted(arguments["TILES"], key=lambda tile: tile[1])
     sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
-    return [tuple(arguments[name] for name in sizes)]
+    rows, columns = (arguments[name] for name in sizes)
+    return [(rows, columns * arguments.get("CHUNKS", 1))]
 
 
 def _line(arguments) -> int:
@@ -368,7 +372,8 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     if brief:
         operators, sizes, dtypes = BRIEF_OPERATORS, BRIEF_SIZES, ("bf16",)
     else:
-        operators, sizes, dtypes = ROW_OPERATORS, SIZES + ODD_SIZES, ("bf16", "fp32", "fp64")
+        operators, dtypes = ROW_OPERATORS, ("bf16", "fp32", "fp64")
+        sizes = SIZES + ODD_SIZES + NARROW_SIZES
     chosen = []
     for operator in operators:
         for direction in PASSES:

@@ -25,7 +25,8 @@ def test_tiles_are_legal(choose, itemsize, strided):
     for n in LENGTHS:
         tile = choose(n, itemsize, strided)
         elements = tile.rows * tile.block_n
-        for size in (tile.rows, tile.block_n, tile.num_warps):
+        assert tile.block_n % tile.chunks == 0
+        for size in (tile.rows, tile.block_n // tile.chunks, tile.num_warps):
             assert size > 0
             assert size & (size - 1) == 0
         assert elements <= 2**20  # Triton's largest tensor
@@ -46,6 +47,25 @@ def test_resident_up_to_the_limit(itemsize):
     ):
         assert choose(limit, itemsize, False).block_n == limit
         assert choose(limit + 1, itemsize, False).block_n < limit
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chunks_leave_little_padding(itemsize):
+    """One tile leaves up to half of itself; 5,120 and 6,144 columns leave nothing, or a sixth."""
+    for n in range(256, rows.FORWARD_RESIDENT[itemsize], 128):
+        assert rows.row_forward(n, itemsize, False).block_n < n * 4 / 3
+    assert rows.row_forward(5120, itemsize, False).block_n == 5120
+    assert rows.row_backward(5120, itemsize, False).block_n <= 6144
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("choose", [rows.row_forward, rows.row_backward])
+def test_short_narrow_rows_stay_in_a_warp(choose, itemsize):
+    """A chunk is no wider than what the lanes of a warp access: no row is spread over several warps."""
+    for n in (33, 65, 127, 129, 255):
+        tile = choose(n, itemsize, False)
+        assert tile.block_n // tile.chunks == common.WARP
+        assert tile.block_n - n < common.WARP
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)

@@ -33,11 +33,17 @@ alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 @dataclass(frozen=True)
 class RowTile:
-    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N."""
+    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. The columns are held
+    in `chunks` tiles side by side, whose widths are powers of two.
+
+    `registers` are a thread's, at most, that the assembler is told to use; None leaves it alone.
+    """
 
     rows: int
     block_n: int
     num_warps: int
+    chunks: int = 1
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:

@@ -44,7 +44,7 @@ def _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize) ->
         NORM=options.norm,
         OFFSET=options.weight_offset,
         ROWS=tile.rows,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=tile.block_n // tile.chunks,
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -102,7 +102,9 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
         return y, mean, spread
 
     plan, align, (x,), target = _plan_rows(_plan_forward, (x,), y, normalized_dims, options)
-    kernel = row_forward_resident if plan.tile.block_n >= plan.view.n else row_forward_looped
+    resident = plan.tile.block_n >= plan.view.n
+    kernel = row_forward_resident if resident else row_forward_looped
+    chunks = {"CHUNKS": plan.tile.chunks} if resident else {}
     with on_device(x):
         kernel[(plan.programs,)](
             x_ptr=x,
@@ -112,6 +114,7 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
             mean_ptr=mean,
             spread_ptr=spread,
             ALIGN=align,
+            **chunks,
             **plan.arguments,
         )
     if target is not y:
@@ -174,6 +177,8 @@ def row_backward(
             dweight_partial_ptr=partials[0],
             dbias_partial_ptr=partials[1],
             dx_strides=view.strides[2] if dx is not None else None,
+            CHUNKS=tile.chunks,
+            maxnreg=tile.registers,
             **shared,
         )
         dweight, dbias = fold_parameters(partials, dtypes)
