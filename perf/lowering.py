@@ -47,8 +47,11 @@ CLUSTER_SIZES = tuple(2**k for k in range(13, 19))
 CLUSTER_ODD_SIZES = (20000, 20001)
 """Not powers of two: whose masks must not narrow accesses, and whose elements take an address each."""
 
-ODD_SIZES = (48, 1000, 5120)
+ODD_SIZES = (48, 768, 1000, 3072, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
+
+NARROW_SIZES = (127, 1001, 5124)
+"""Rows that no wide access reaches, as several tiles or one."""
 
 GROUPS = 32
 CHANNEL_SHAPES = {
@@ -235,7 +238,7 @@ def _instructions(cubin: bytes) -> int:
         file.write(cubin)
         file.flush()
         sass = _tool("cuobjdump", "-sass", file.name)
-    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+((?!NOP).*);", sass, re.MULTILINE)
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?!NOP)(\S.*);", sass, re.MULTILINE)
     position = {int(address, 16): i for i, (address, _) in enumerate(found)}
     longest = 0
     for i, (_, instruction) in enumerate(found):
@@ -261,7 +264,8 @@ def _tiles(arguments) -> list[tuple[int, int]]:
     if "TILES" in arguments:
         return sorted(arguments["TILES"], key=lambda tile: tile[1])
     sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
-    return [tuple(arguments[name] for name in sizes)]
+    rows, columns = (arguments[name] for name in sizes)
+    return [(rows, columns * arguments.get("CHUNKS", 1))]
 
 
 def _line(arguments) -> int:
@@ -392,7 +396,7 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     chosen = []
     for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
         every = operator == "layer_norm" and not brief
-        sizes = SIZES + ODD_SIZES if every else BRIEF_SIZES
+        sizes = SIZES + ODD_SIZES + NARROW_SIZES if every else BRIEF_SIZES
         for direction in PASSES:
             for dtype in ("bf16", "fp32", "fp64") if every else ("bf16",):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]

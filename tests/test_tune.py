@@ -380,9 +380,9 @@ def test_a_dry_run_lists_what_would_be_tried(monkeypatch, capsys):
     assert main(monkeypatch, "--dry-run", *options) == 0
     first, *answers, last = capsys.readouterr().out.splitlines()
     about = "row_forward n=64 itemsize=2 strided=False cluster=1"
-    assert first == f"{about}: rows=32,block_n=64,num_warps=4, 3 cases"
-    assert "  rows=16,block_n=64,num_warps=4: clean" in answers
-    assert "  rows=32,block_n=64,num_warps=8: row_forward_resident: spills: 8 bytes of stack" in answers
+    assert first == f"{about}: rows=64,block_n=64,num_warps=4, 3 cases"
+    assert "  rows=32,block_n=64,num_warps=4: clean" in answers
+    assert "  rows=64,block_n=64,num_warps=8: row_forward_resident: spills: 8 bytes of stack" in answers
     assert last == "1 choices, 6 answers near them, 4 compile cleanly for sm_90"
 
 

@@ -33,13 +33,19 @@ alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 @dataclass(frozen=True)
 class RowTile:
-    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. A program is a cluster
-    of `num_ctas` blocks of `num_warps` each, which have a part of the columns each."""
+    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. The columns are held
+    in `chunks` tiles side by side, whose widths are powers of two. A program is a cluster of `num_ctas`
+    blocks of `num_warps` each, which have a part of the columns each.
+
+    `registers` are a thread's, at most, that the assembler is told to use; None leaves it alone.
+    """
 
     rows: int
     block_n: int
     num_warps: int
     num_ctas: int = 1
+    chunks: int = 1
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
