@@ -149,10 +149,12 @@ def _run_weights(case: Case, shapes) -> None:
     launch.weights_backward([torch.ones_like(x) for x in xs], xs, gains, spreads, dims, needed, needed)
 
 
+H100 = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+
+
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if that had been measured to be faster on an H100."""
-    facts = heuristics.common.DeviceFacts(capability=(9, 0), processors=132, l2_bytes=50 * 2**20)
+def teams(facts=H100):
+    """While open, teams take whatever they can, as if that had been measured to be faster on a GPU."""
     teams, pieces = heuristics.teams, launch.pieces
     saved = teams.TEAM_CAPABILITIES, pieces.device_facts
     teams.TEAM_CAPABILITIES, pieces.device_facts = {facts.capability}, lambda device: facts
@@ -160,6 +162,16 @@ def teams():
         yield
     finally:
         teams.TEAM_CAPABILITIES, pieces.device_facts = saved
+
+
+def plan_channels(case: Case, facts) -> list:
+    """(kernel, grid, arguments) of the launches that a case of the channel view takes on a GPU where
+    teams are allowed. Tensors without memory stand in for its own."""
+    planned = []
+    x = in_layout(torch.empty(case.shape, dtype=DTYPES[case.dtype], device="meta"), case.layout)
+    with teams(facts), observe(lambda *launch: planned.append(launch)):
+        _run_channels(case, x)
+    return planned
 
 
 def run(case: Case, variant: str | None = None) -> None:
