@@ -35,11 +35,11 @@ CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 PIECE_WARPS = 4
 """Elements a thread, and warps, of a step through a piece: 40 to 96 registers."""
 
-MOMENTS_REGISTERS, LINE_MOMENTS_REGISTERS = 80, 64
-"""Registers a thread, at most, of the moments of 16-bit tensors, and of those whose tiles are of one
-channel. Left alone the assembler takes 93 for what comes after the loop, and fewer blocks then read at
-the same time; the loop is longer by 7% for it (bfloat16 on sm_90). With 8 fewer they spill, and float32
-does with as many."""
+LINE_MOMENTS_REGISTERS = 72
+"""Registers a thread, at most, of the moments of 16-bit tensors whose tiles are of one channel. Left
+alone the assembler takes 93 for what comes after the loop, and fewer blocks then read at the same time;
+the loop is longer by 7% for it (bfloat16 on sm_90). With 8 fewer they spill on sm_100, as float32 does
+with as many, and as tiles of more channels do with 80."""
 
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
@@ -230,9 +230,7 @@ def channel_backward(
 
 def moments_registers(pieces: Pieces, itemsize: int) -> int | None:
     """Registers a thread, at most, of the moments of pieces; None to leave it to the assembler."""
-    if itemsize != 2:
-        return pieces.registers
-    return LINE_MOMENTS_REGISTERS if pieces.block_c == 1 else MOMENTS_REGISTERS
+    return LINE_MOMENTS_REGISTERS if itemsize == 2 and pieces.block_c == 1 else pieces.registers
 
 
 def fold_sets(pieces: int, channels: int, one_set: bool) -> RowTile:
