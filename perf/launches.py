@@ -217,9 +217,9 @@ def device_facts(facts: heuristics.common.DeviceFacts):
 
 
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if on an H100."""
-    with device_facts(H100), choosing(TEAMS):
+def teams(facts=H100):
+    """While open, teams take whatever they can, as if on a GPU of these facts."""
+    with device_facts(facts), choosing(TEAMS):
         yield
 
 
@@ -239,6 +239,16 @@ def clusters(largest: int = heuristics.rows.LARGEST_CLUSTER):
         yield
     finally:
         launch.rows.largest_cluster = saved
+
+
+def plan_channels(case: Case, facts) -> list:
+    """(kernel, grid, arguments) of the launches that a case of the channel view takes on a GPU where
+    teams are allowed. Tensors without memory stand in for its own."""
+    planned = []
+    x = in_layout(torch.empty(case.shape, dtype=DTYPES[case.dtype], device="meta"), case.layout)
+    with teams(facts), observe(lambda *launch: planned.append(launch)):
+        _run_channels(case, x)
+    return planned
 
 
 def run(case: Case, variant: str | None = None) -> None:

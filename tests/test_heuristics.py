@@ -242,9 +242,10 @@ def test_folds_have_the_warps_of_pieces():
     """Teams fold within a kernel of pieces; the sums of both forms then have one order."""
     for pieces in (1, 3, 128, 4096):
         for channels in (1, 10, 64, 2048):
-            tile = channel_choices.fold_sets(pieces, channels)
-            assert tile.num_warps == channel_choices.PIECE_WARPS == common.MIN_WARPS
-            assert tile.rows * tile.block_n <= channel_choices.FOLD_SET_ELEMENTS
+            for one_set in (False, True):
+                tile = channel_choices.fold_sets(pieces, channels, one_set)
+                assert tile.num_warps == channel_choices.PIECE_WARPS == common.MIN_WARPS
+                assert tile.rows * tile.block_n <= channel_choices.FOLD_SET_ELEMENTS
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)

@@ -73,7 +73,7 @@ def test_every_choice_has_neighbours():
 @pytest.mark.parametrize("itemsize", [2, 8])
 def test_neighbours_are_legal_and_others(itemsize):
     shared = {"itemsize": itemsize, "adjacent": "c"}
-    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True}
+    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True, "finer": False}
     for name, arguments in (
         *((name, ROWS | {"itemsize": itemsize}) for name in ("row_forward", "row_backward")),
         ("row_forward", ROWS | {"itemsize": itemsize, "n": 32768, "strided": True}),
@@ -115,6 +115,7 @@ def test_neighbours_of_sets():
     assert {answer.groups for answer in found if answer} == {1, 2}
     pieces = channels.Pieces(64, 16, 1, 8, 4, None)
     arguments = {"n": 1, "c": 320, "s": 256, "itemsize": 2, "adjacent": "c", "over_batch": False}
+    arguments |= {"finer": False}
     found = candidates.neighbours("channel_forward", arguments, pieces)
     assert channels.Pieces(32, 32, 1, 4, 4, None) in found
     assert all(answer.images == 1 for answer in found)

@@ -1,6 +1,7 @@
 """What launch choices of all views share."""
 
 from dataclasses import dataclass
+from math import ceil
 
 WARP = 32
 MIN_WARPS = 4
@@ -21,6 +22,10 @@ an H100 (unmeasured)."""
 FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
 """Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4
 loads one after another (MAX_PARTIALS / 256 rows), and at N = 128 still 8 programs (unmeasured)."""
+
+FOLD_STEPS = 4
+"""Steps of a fold, at most, as far as its tile can be made narrower for it: the pieces of channels are
+many where channels are few, and each step waits for memory (unmeasured)."""
 
 WORD_BYTES = 16
 """The widest access. Lines that are no multiple of it are accessed in less, with an address each: the
@@ -79,7 +84,8 @@ def partials(steps: int, program_bytes: int, traffic: int, programs: int | None 
 
 def fold(partials: int) -> RowTile:
     """The fold of so many partial gradients."""
-    rows = min(power_of_two(partials), FOLD_ELEMENTS // FOLD_COLUMNS)
+    enough = min(power_of_two(ceil(partials / FOLD_STEPS)), FOLD_ELEMENTS)
+    rows = min(power_of_two(partials), max(enough, FOLD_ELEMENTS // FOLD_COLUMNS))
     return RowTile(rows, FOLD_ELEMENTS // rows, FOLD_WARPS)
 
 

@@ -150,6 +150,7 @@ ARGUMENTS = {
     "adjacent": lambda value: value in ("s", "c", None),
     "strided": lambda value: type(value) is bool,
     "over_batch": lambda value: type(value) is bool,
+    "finer": lambda value: type(value) is bool,
     "backward": lambda value: type(value) is bool,
 }
 """What arguments can be; the others are sizes, from 1 on."""
