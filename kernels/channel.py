@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .names import kernel
-from .primitives import bytes_of, compute_dtype, input_gradient, inverse_deviation
+from .primitives import bytes_of, compute_dtype, inverse_deviation
 
 
 @triton.jit
@@ -46,6 +46,23 @@ def locate(
 
 
 @triton.jit
+def from_the_last():
+    """The number of this program, counted from the last one.
+
+    Sweeps that read again what an earlier launch has read run through it backwards, from the last
+    program to the first, and in a program from its last tile to its first: what was read last is then
+    found in L2.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
+def last_tile(first, end, BLOCK_S: tl.constexpr):
+    """Where the last tile of the positions from `first` to `end` (excluded) starts."""
+    return first + (end - 1 - first) // BLOCK_S * BLOCK_S
+
+
+@triton.jit
 def known_to_divide(size, is_adjacent: tl.constexpr, ALIGN: tl.constexpr):
     """The size of a dimension. Of the adjacent one, which ALIGN divides, the detour tells the compiler
     so: a wide access is then within the mask or outside of it."""
@@ -63,44 +80,56 @@ def tile_mask(present, positions, end, ADJACENT: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
-def tile_pointers(ptr, image, channels, positions, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers `[BLOCK_C, BLOCK_S]` to `channels` and `positions` of an image (int64).
+def tile_pointers(
+    ptr, image, channels, positions, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr, start
+):
+    """Pointers `[BLOCK_C, BLOCK_S]` to `channels` of an image (int64), at `positions` counted from
+    `start`. A loop over tiles moves `start` alone: the rest is then computed before it.
 
     ADJACENT names the dimension whose elements are adjacent in memory, "c" or "s"; every line along it
     starts at a multiple of ALIGN elements. This hint decides the access width, and with it the order of
     sums. Both are None where the compiler has to find out.
     """
-    start = ptr + image * strides[0]
+    first = ptr + image * strides[0]
+    moved = tl.full((), start, tl.int64) * strides[2]
     across_c = channels.to(tl.int64) * strides[1]
     across_s = positions.to(tl.int64) * strides[2]
     if ADJACENT == "c":
-        lines = tl.multiple_of(start + across_s, bytes_of(ptr.dtype.element_ty, ALIGN))
+        lines = tl.multiple_of(first + moved + across_s, bytes_of(ptr.dtype.element_ty, ALIGN))
         pointers = lines[None, :] + across_c[:, None]
     elif ADJACENT == "s":
-        lines = tl.multiple_of(start + across_c, bytes_of(ptr.dtype.element_ty, ALIGN))
+        lines = tl.multiple_of(first + across_c, bytes_of(ptr.dtype.element_ty, ALIGN)) + moved
         pointers = lines[:, None] + across_s[None, :]
     else:
-        pointers = (start + across_c)[:, None] + across_s[None, :]
+        pointers = (first + moved + across_c)[:, None] + across_s[None, :]
     return pointers
 
 
 @triton.jit
 def load_tile(
-    ptr, image, channels, positions, mask, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr
+    ptr, image, channels, positions, mask, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr, start=0
 ):
     """A tile `[BLOCK_C, BLOCK_S]` in the compute dtype; zero in the padding lanes."""
-    x = tl.load(
-        tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN), mask, other=0.0
-    )
-    return x.to(compute_dtype(ptr.dtype.element_ty))
+    pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, start)
+    return tl.load(pointers, mask, other=0.0).to(compute_dtype(ptr.dtype.element_ty))
 
 
 @triton.jit
 def store_tile(
-    ptr, tile, image, channels, positions, mask, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr
+    ptr,
+    tile,
+    image,
+    channels,
+    positions,
+    mask,
+    strides,
+    ADJACENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    start=0,
 ):
     """Stores a tile `[BLOCK_C, BLOCK_S]`, rounded to the dtype of `ptr`."""
-    tl.store(tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN), tile, mask)
+    pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, start)
+    tl.store(pointers, tile, mask)
 
 
 @triton.jit
@@ -160,8 +189,9 @@ def channel_moments(
 ):
     """Mean and sum of squared deviations of each channel of a piece.
 
-    Every tile is reduced in two passes over registers and merged (Chan, Golub and LeVeque, 1983), all
-    of it relative to the channel's first element: a large common mean costs no digits, and the
+    Every lane of a tile has moments of its own (Welford, 1962), which are merged at the end (Chan, Golub
+    and LeVeque, 1983): those of whole tiles first, then those of the last one, which fewer lanes have.
+    All of it is relative to the channel's first element: a large common mean costs no digits, and the
     deviations of equal values are exactly zero.
     """
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
@@ -173,27 +203,50 @@ def channel_moments(
     image, last_image, first, end = bounds
     origin = x_ptr + image * x_strides[0] + first.to(tl.int64) * x_strides[2]
     shift = load_channels(origin, channels.to(tl.int64) * x_strides[1], present, dtype)
+    lanes = tl.arange(0, BLOCK_S)
+    WIDE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth >= 32
+    whole = first + (end - first) // BLOCK_S * BLOCK_S
     count = tl.full((), 0.0, dtype)
     mean = tl.zeros([BLOCK_C], dtype)
     squares = tl.zeros([BLOCK_C], dtype)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
-            x = tl.where(mask, x - shift[:, None], 0.0)
+    for part in tl.static_range(2):
+        if part == 0:
+            start, stop = first, whole
+        else:
+            start, stop = whole, end
+        if start < stop:
+            lane_mean = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+            lane_squares = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+            steps = tl.full((), 0.0, dtype)
+            for n in range(image, last_image):
+                for at in range(start, stop, BLOCK_S):
+                    mask = tile_mask(present, at + lanes, end, ADJACENT, ALIGN)
+                    x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, at)
+                    if WIDE:
+                        x -= shift[:, None]
+                    steps += 1.0
+                    delta = x - lane_mean
+                    lane_mean += delta * (1.0 / steps)
+                    lane_squares += delta * (x - lane_mean)
 
-            tile_count = tl.minimum(end - start, BLOCK_S).to(dtype)
-            tile_mean = tl.sum(x, axis=1) * (1.0 / tile_count)
-            deviation = tl.where(mask, x - tile_mean[:, None], 0.0)
-            tile_squares = tl.sum(deviation * deviation, axis=1)
+            # Lanes beyond the end hold what they made of zeros.
+            there = (start + lanes < end)[None, :]
+            of_lanes = tl.minimum(end - start, BLOCK_S).to(dtype)
+            if not WIDE:
+                lane_mean -= shift[:, None]
+            lane_mean = tl.where(there, lane_mean, 0.0)
+            part_mean = tl.sum(lane_mean, axis=1) * (1.0 / of_lanes)
+            deviation = lane_mean - part_mean[:, None]
+            lane_squares += steps * deviation * deviation
+            part_squares = tl.sum(tl.where(there, lane_squares, 0.0), axis=1)
 
-            share = tile_count / (count + tile_count)
-            delta = tile_mean - mean
+            part_count = steps * of_lanes
+            share = part_count / (count + part_count)
+            delta = part_mean - mean
             mean += delta * share
-            squares += tile_squares + delta * (count * share) * delta  # no inf * 0 in the first tile
-            count += tile_count
+            squares += part_squares + delta * (count * share) * delta  # no inf * 0 in the first part
+            count += part_count
 
     partial = piece.to(tl.int64) * C + channels
     tl.store(mean_partial_ptr + partial, shift.to(tl.float64) + mean.to(tl.float64), present)
@@ -229,7 +282,7 @@ def channel_normalize(
     """y of a piece. What float32 could not hold of the mean goes to the constant term."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
-        program = tl.program_id(0)
+        program = from_the_last()
     _, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
@@ -243,13 +296,15 @@ def channel_normalize(
     if bias_ptr is not None:
         constant += load_channels(bias_ptr, channels, present, dtype)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+    lanes = tl.arange(0, BLOCK_S)
+    last = last_tile(first, end, BLOCK_S)
+    for n in range(last_image - 1, image - 1, -1):
+        for back in range(0, end - first, BLOCK_S):
+            start = last - back
+            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
             y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
-            store_tile(y_ptr, y, n, channels, positions, mask, y_strides, ADJACENT, ALIGN)
+            store_tile(y_ptr, y, n, channels, lanes, mask, y_strides, ADJACENT, ALIGN, start)
 
 
 @kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
@@ -295,18 +350,18 @@ def channel_gradient_sums(
     factor = rstd * load_weight(weight_ptr, channels, present, dtype)
     dweight = tl.zeros([BLOCK_C, BLOCK_S], dtype)
     dbias = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+    lanes = tl.arange(0, BLOCK_S)
 
     for n in range(image, last_image):
         for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
-            dweight += tl.where(mask, dy * ((x - mean[:, None]) * rstd[:, None]), 0.0)
+            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+            dy = load_tile(dy_ptr, n, channels, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+            dweight += dy * tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
             dbias += dy
             if dx_ptr is not None:
                 dx = dy * factor[:, None]
-                store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
+                store_tile(dx_ptr, dx, n, channels, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
 
     partial = piece.to(tl.int64) * C + channels
     tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=1), present)
@@ -339,27 +394,28 @@ def channel_input_gradient(
     ALIGN: tl.constexpr,
     program=None,
 ):
+    """dx of a piece, with rstd multiplied into what a channel's elements share."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
-        program = tl.program_id(0)
+        program = from_the_last()
     _, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
     sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, None, None, sets, present, dtype)
-    c1 = load_channels(c1_ptr, sets, present, dtype)
-    c2 = load_channels(c2_ptr, sets, present, dtype)
+    factor = rstd * load_weight(weight_ptr, channels, present, dtype)
+    slope = rstd * load_channels(c1_ptr, sets, present, dtype)
+    constant = rstd * load_channels(c2_ptr, sets, present, dtype)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+    lanes = tl.arange(0, BLOCK_S)
+    last = last_tile(first, end, BLOCK_S)
+    for n in range(last_image - 1, image - 1, -1):
+        for back in range(0, end - first, BLOCK_S):
+            start = last - back
+            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+            dy = load_tile(dy_ptr, n, channels, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
             x_hat = (x - mean[:, None]) * rstd[:, None]
-            wdy = dy
-            if weight_ptr is not None:
-                wdy *= load_channels(weight_ptr, channels, present, dtype)[:, None]
-            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
-            store_tile(dx_ptr, dx, n, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
+            dx = dy * factor[:, None] - constant[:, None] - x_hat * slope[:, None]
+            store_tile(dx_ptr, dx, n, channels, lanes, mask, dx_strides, ADJACENT, ALIGN, start)

@@ -13,14 +13,47 @@ from .primitives import inverse_deviation, times
 
 
 @triton.jit
-def column_sum(partial_ptr, cols, mask, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sums `[BLOCK_N]` of the columns `cols` of `[P, N]`."""
-    total = tl.zeros([BLOCK_P, BLOCK_N], partial_ptr.dtype.element_ty)
+def accumulator(partial_ptr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zeros `[BLOCK_P, BLOCK_N]` of the dtype of partial results, which may be None."""
+    if partial_ptr is not None:
+        zeros = tl.zeros([BLOCK_P, BLOCK_N], partial_ptr.dtype.element_ty)
+    else:
+        zeros = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    return zeros
+
+
+@triton.jit
+def column_sums(
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    first_row,
+    cols,
+    mask,
+    P,
+    N,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums `[BLOCK_N]` of the columns `cols` of both `[P, N]` from `first_row` on, in one loop: a step
+    waits for memory once; of one that is None, zeros."""
+    dweight = accumulator(dweight_partial_ptr, BLOCK_P, BLOCK_N)
+    dbias = accumulator(dbias_partial_ptr, BLOCK_P, BLOCK_N)
     for start in range(0, P, BLOCK_P):
         pieces = start + tl.arange(0, BLOCK_P)
-        offsets = pieces.to(tl.int64)[:, None] * N + cols[None, :]
-        total += tl.load(partial_ptr + offsets, (pieces < P)[:, None] & mask[None, :], other=0.0)
-    return tl.sum(total, axis=0)
+        there = (pieces < P)[:, None] & mask[None, :]
+        offsets = (first_row + pieces).to(tl.int64)[:, None] * N + cols[None, :]
+        if dweight_partial_ptr is not None:
+            dweight += tl.load(dweight_partial_ptr + offsets, there, other=0.0)
+        if dbias_partial_ptr is not None:
+            dbias += tl.load(dbias_partial_ptr + offsets, there, other=0.0)
+    return tl.sum(dweight, axis=0), tl.sum(dbias, axis=0)
+
+
+@triton.jit
+def column_sum(partial_ptr, cols, mask, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums `[BLOCK_N]` of the columns `cols` of `[P, N]`."""
+    total, _ = column_sums(partial_ptr, None, 0, cols, mask, P, N, BLOCK_P, BLOCK_N)
+    return total
 
 
 @kernel(do_not_specialize=["P"])
@@ -36,11 +69,12 @@ def fold_parameter_gradients(
 ):
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = cols < N
+    dweight, dbias = column_sums(
+        dweight_partial_ptr, dbias_partial_ptr, 0, cols, mask, P, N, BLOCK_P, BLOCK_N
+    )
     if dweight_ptr is not None:
-        dweight = column_sum(dweight_partial_ptr, cols, mask, P, N, BLOCK_P, BLOCK_N)
         tl.store(dweight_ptr + cols, dweight, mask)
     if dbias_ptr is not None:
-        dbias = column_sum(dbias_partial_ptr, cols, mask, P, N, BLOCK_P, BLOCK_N)
         tl.store(dbias_ptr + cols, dbias, mask)
 
 
@@ -238,14 +272,22 @@ def set_gradient_means(
     """c1 = mean(wdy * x_hat) and c2 = mean(wdy), `[BLOCK_C]`, of channels from the first to the last,
     which is excluded, over PIECES pieces."""
     dtype: tl.constexpr = dbias_partial_ptr.dtype.element_ty
-    rows = first_piece.to(tl.int64) * C
     wdy_x_hat = tl.zeros([BLOCK_C], dtype)
     wdy = tl.zeros([BLOCK_C], dtype)
     for first in range(first_channel, last_channel, BLOCK_C):
         channels = first + tl.arange(0, BLOCK_C)
         mask = channels < last_channel
-        dweight = column_sum(dweight_partial_ptr + rows, channels, mask, PIECES, C, BLOCK_P, BLOCK_C)
-        dbias = column_sum(dbias_partial_ptr + rows, channels, mask, PIECES, C, BLOCK_P, BLOCK_C)
+        dweight, dbias = column_sums(
+            dweight_partial_ptr,
+            dbias_partial_ptr,
+            first_piece,
+            channels,
+            mask,
+            PIECES,
+            C,
+            BLOCK_P,
+            BLOCK_C,
+        )
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + channels, mask, other=0.0).to(dtype)
             dweight *= weight

@@ -53,10 +53,21 @@ def tile_pointers(ptr, rows, cols, strides, sizes, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def widened(x):
+    """x in the compute dtype."""
+    if x.dtype == tl.bfloat16:
+        # A shift, where the conversion takes two instructions for every other element.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(compute_dtype(x.dtype))
+    return wide
+
+
+@triton.jit
 def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
     """A tile `[ROWS, BLOCK_N]` in the compute dtype; zero in the padding lanes."""
-    x = tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0)
-    return x.to(compute_dtype(ptr.dtype.element_ty))
+    return widened(tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0))
 
 
 @triton.jit
@@ -97,20 +108,52 @@ def square_root(x):
 
 
 @triton.jit
+def plus(tiles, others):
+    """The sums, tile by tile, of tiles side by side: a tuple of `[ROWS, BLOCK_N]`."""
+    sums = ()
+    for i in tl.static_range(len(tiles)):
+        sums += (tiles[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def products(tiles, others):
+    """The products, tile by tile, of tiles side by side."""
+    found = ()
+    for i in tl.static_range(len(tiles)):
+        found += (tiles[i] * others[i],)
+    return found
+
+
+@triton.jit
+def row_sum(tiles):
+    """The sums `[ROWS]` of the rows of tiles side by side: one reduction over lanes for all of them."""
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
 def without_padding(x, mask, N: tl.constexpr):
-    """x with zeros in the padding lanes of its rows. Where the tile has none, nothing is selected; rows
-    past the last hold what their zeros led to, and are not stored."""
-    if not divides(x.shape[1], N):
+    """x `[ROWS, BLOCK_N]`, or `[ROWS, 1]` for all columns, with zeros in the padding lanes of its rows.
+    Where the tile has none, nothing is selected; rows past the last hold what their zeros led to, and
+    are not stored."""
+    if not divides(mask.shape[1], N):
         x = tl.where(mask, x, 0.0)
     return x
 
 
 @triton.jit
-def center(x, mask, N: tl.constexpr):
-    """Mean `[ROWS]` of the rows of a tile that is zero in its padding lanes, and the tile less its mean,
-    `without_padding`."""
-    mean = divide(tl.sum(x, axis=1), N)
-    return mean, without_padding(x - mean[:, None], mask, N)
+def center(tiles, masks, N: tl.constexpr):
+    """Mean `[ROWS]` of the rows of tiles side by side, which are zero in their padding lanes, and the
+    tiles less it, zero there again."""
+    mean = divide(row_sum(tiles), N)
+    deviations = ()
+    for i in tl.static_range(len(tiles)):
+        # Selecting what is subtracted takes an instruction for adjacent lanes together.
+        deviations += (tiles[i] - without_padding(mean[:, None], masks[i], N),)
+    return mean, deviations
 
 
 @triton.jit
@@ -138,7 +181,7 @@ def scale(spread, eps, NORM: tl.constexpr):
 @triton.jit
 def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr = 0.0):
     """A weight or bias `[1, BLOCK_N]`, widened, plus OFFSET."""
-    parameter = tl.load(ptr + cols, cols < N, other=0.0).to(dtype)[None, :]
+    parameter = widened(tl.load(ptr + cols, cols < N, other=0.0)).to(dtype)[None, :]
     if OFFSET != 0.0:
         parameter += tl.full((), OFFSET, dtype)
     return parameter
@@ -170,12 +213,12 @@ def affine(
 def normalized(x, mean_ptr, rstd, rows, mask, M):
     """x_hat from the saved statistics; zero in the padding lanes.
 
-    Always selected: leaving it out where there is no padding saves 2% of the instructions, and makes
-    the backward pass over strided rows of 4 spill.
+    There the factor is zero, which is selected for adjacent lanes together; the difference could be
+    infinite or NaN only where all of the row is.
     """
     if mean_ptr is not None:
         x -= tl.load(mean_ptr + rows, rows < M, other=0.0)[:, None]
-    return tl.where(mask, x * rstd[:, None], 0.0)
+    return x * tl.where(mask, rstd[:, None], 0.0)
 
 
 @triton.jit

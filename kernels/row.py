@@ -17,8 +17,11 @@ from .primitives import (
     load_parameter,
     load_tile,
     normalized,
+    plus,
+    products,
     recovered,
     row_spread,
+    row_sum,
     scale,
     store_tile,
     tile_mask,
@@ -45,33 +48,39 @@ def row_forward_resident(
     ROUND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     sizes = (M, R1, R2)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_N)
-    mask = tile_mask(rows, cols, M, R2, N)
+    lanes = tl.arange(0, BLOCK_N)
 
-    x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+    masks = ()
+    xs = ()
+    for i in tl.static_range(CHUNKS):
+        cols = i * BLOCK_N + lanes
+        masks += (tile_mask(rows, cols, M, R2, N),)
+        xs += (load_tile(x_ptr, rows, cols, masks[i], x_strides, sizes, ALIGN),)
 
-    deviation = x
+    deviations = xs
     if NORM == "layer":
-        mean, deviation = center(x, mask, N)
+        mean, deviations = center(xs, masks, N)
         if x_ptr.dtype.element_ty.primitive_bitwidth >= 32:
             # The mean's own rounding is all that is left of the error at a large mean. Inputs of
             # 16 bits are coarser than it.
-            rest, deviation = center(deviation, mask, N)
+            rest, deviations = center(deviations, masks, N)
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    spread = row_spread(tl.sum(deviation * deviation, axis=1), eps, N, NORM)
+    spread = row_spread(row_sum(products(deviations, deviations)), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
-    x_hat = deviation * scale(spread, eps, NORM)[:, None]
-    y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
-
-    store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
+    rstd = scale(spread, eps, NORM)[:, None]
+    for i in tl.static_range(CHUNKS):
+        cols = i * BLOCK_N + lanes
+        y = affine(deviations[i] * rstd, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
+        store_tile(y_ptr, y, rows, cols, masks[i], y_strides, sizes, ALIGN)
 
 
 @kernel(do_not_specialize=["M"])
@@ -221,49 +230,70 @@ def row_backward(
     SAVED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """dx of all rows, and a partial dweight and dbias of the rows that one program walks through."""
     sizes = (M, R1, R2)
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     program = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if weight_ptr is not None:
-        weight = load_parameter(weight_ptr, cols, dtype, N, OFFSET)
-    dweight = tl.zeros([ROWS, BLOCK_N], dtype)
-    dbias = tl.zeros([ROWS, BLOCK_N], dtype)
+    lanes = tl.program_id(0) * (CHUNKS * BLOCK_N) + tl.arange(0, BLOCK_N)
+    # The weight of several long tiles takes too many registers: it is loaded again with every row.
+    HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1
+    weights = ()
+    dweights = ()
+    dbiases = ()
+    for i in tl.static_range(CHUNKS):
+        if weight_ptr is not None and HELD:
+            weights += (load_parameter(weight_ptr, i * BLOCK_N + lanes, dtype, N, OFFSET),)
+        dweights += (tl.zeros([ROWS, BLOCK_N], dtype),)
+        dbiases += (tl.zeros([ROWS, BLOCK_N], dtype),)
 
     for start in range(program * ROWS, M, tl.num_programs(1) * ROWS):
         rows = start + tl.arange(0, ROWS)
-        mask = tile_mask(rows, cols, M, R2, N)
-        dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
-        x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
+        masks = ()
+        dys = ()
+        xs = ()
+        for i in tl.static_range(CHUNKS):
+            cols = i * BLOCK_N + lanes
+            masks += (tile_mask(rows, cols, M, R2, N),)
+            dys += (load_tile(dy_ptr, rows, cols, masks[i], dy_strides, sizes, ALIGN),)
+            xs += (load_tile(x_ptr, rows, cols, masks[i], x_strides, sizes, ALIGN),)
         spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
         rstd = scale(spread, eps, NORM)
-        if SAVED == "y":
-            x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
-        else:
-            x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+        x_hats = ()
+        for i in tl.static_range(CHUNKS):
+            if SAVED == "y":
+                cols = i * BLOCK_N + lanes
+                x_hats += (recovered(xs[i], weight_ptr, bias_ptr, cols, masks[i], N, OFFSET),)
+            else:
+                x_hats += (normalized(xs[i], mean_ptr, rstd, rows, masks[i], M),)
 
         if dweight_partial_ptr is not None:
-            dweight += dy * x_hat
+            dweights = plus(dweights, products(dys, x_hats))
         if dbias_partial_ptr is not None:
-            dbias += dy
+            dbiases = plus(dbiases, dys)
         if dx_ptr is not None:
-            wdy = dy
-            if weight_ptr is not None:
-                wdy *= weight
+            wdys = dys
+            if weight_ptr is not None and HELD:
+                wdys = products(dys, weights)
+            elif weight_ptr is not None:
+                wdys = ()
+                for i in tl.static_range(CHUNKS):
+                    wdys += (affine(dys[i], weight_ptr, None, i * BLOCK_N + lanes, N, OFFSET),)
             if c1_ptr is not None:
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
-                c1, c2 = gradient_means(
-                    tl.sum(wdy * x_hat, axis=1), tl.sum(wdy, axis=1), spread, eps, N, NORM
-                )
-            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
-            store_tile(dx_ptr, dx, rows, cols, mask, dx_strides, sizes, ALIGN)
+                sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
+                c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
+            for i in tl.static_range(CHUNKS):
+                dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)
+                store_tile(dx_ptr, dx, rows, i * BLOCK_N + lanes, masks[i], dx_strides, sizes, ALIGN)
 
-    if dweight_partial_ptr is not None:
-        tl.store(dweight_partial_ptr + program * N + cols, tl.sum(dweight, axis=0), cols < N)
-    if dbias_partial_ptr is not None:
-        tl.store(dbias_partial_ptr + program * N + cols, tl.sum(dbias, axis=0), cols < N)
+    for i in tl.static_range(CHUNKS):
+        cols = i * BLOCK_N + lanes
+        if dweight_partial_ptr is not None:
+            tl.store(dweight_partial_ptr + program * N + cols, tl.sum(dweights[i], axis=0), cols < N)
+        if dbias_partial_ptr is not None:
+            tl.store(dbias_partial_ptr + program * N + cols, tl.sum(dbiases[i], axis=0), cols < N)

@@ -4,7 +4,17 @@ DRAM. Notation: kernels/README.md.
 A unit is the least that is closed under sharing statistics: BLOCKS blocks of channels of an image, or of
 the batch. A team of WIDTH programs does to it what channel.py and fold.py do in launches of their own,
 with the same pieces in the same folds, hence the same bits. It meets in between, and finds x in L2 when
-it reads it again. With a WIDTH of 1 nobody waits.
+it reads it again. A unit of one piece has a team of one program, and no arrivals to count: the launches
+of the split form in one, which need not be cooperative.
+
+The meeting, as sm_80, sm_90 and sm_100 have it (read off PTX and SASS): bar.sync orders what all threads
+of a program wrote before its first thread's atom.acq_rel.gpu, which is a MEMBAR.GPU before the addition
+and an invalidation of L1 (CCTL.IVALL) after it. A program that is not the last polls with
+ld.acquire.gpu, each poll an invalidation too, and a second bar.sync orders what its threads read after
+that. So the weak loads of partial results and statistics that follow find no older line in L1; none is
+ld.global.nc, which would not be held to that order. Counters only grow, so that nobody who is late
+misses a meeting. There is no pause between polls: only a program's first thread polls, once in the
+time of an access to L2.
 """
 
 import triton
@@ -16,13 +26,15 @@ from .names import kernel
 
 
 @triton.jit
-def meet(arrivals_ptr, count):
-    """Returns when `count` arrivals were counted: what programs wrote before is visible to all after."""
+def meet(arrivals_ptr, unit, count):
+    """Returns when `count` arrivals at a unit were counted, or at once where a program is alone: what
+    programs wrote before is visible to all after."""
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
-    while arrived < count:
-        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
-    tl.debug_barrier()
+    if arrivals_ptr is not None:
+        arrived = tl.atomic_add(arrivals_ptr + unit, 1, sem="acq_rel") + 1
+        while arrived < count:
+            arrived = tl.atomic_add(arrivals_ptr + unit, 0, sem="acquire")
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -80,7 +92,7 @@ def team_forward(
     running_mean_ptr,  # [C] or None
     running_var_ptr,  # [C] or None
     momentum_ptr,  # [] or None, float64
-    arrivals_ptr,  # [units], int32, zeros
+    arrivals_ptr,  # [units], int32, zeros; None for teams of one program
     x_strides,
     y_strides,
     momentum: "fp64",
@@ -126,7 +138,7 @@ def team_forward(
                 ALIGN,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )
-        meet(arrivals_ptr + unit, WIDTH)
+        meet(arrivals_ptr, unit, WIDTH)
 
         first_fold, folds = unit_folds(unit, C, CG, BLOCKS, ONE_SET, BLOCK_C, FOLD_C)
         for fold in range(place, folds, WIDTH):
@@ -157,7 +169,7 @@ def team_forward(
                 FOLD_C,
                 program=first_fold + fold,
             )
-        meet(arrivals_ptr + unit, 2 * WIDTH)
+        meet(arrivals_ptr, unit, 2 * WIDTH)
 
         for member in range(place, MEMBERS, WIDTH):
             channel_normalize(
@@ -199,7 +211,7 @@ def team_backward(
     c2_ptr,  # [sets]
     dweight_partial_ptr,  # [pieces, C]
     dbias_partial_ptr,  # [pieces, C]
-    arrivals_ptr,  # [units], int32, zeros
+    arrivals_ptr,  # [units], int32, zeros; None for teams of one program
     dy_strides,
     x_strides,
     dx_strides,
@@ -254,7 +266,7 @@ def team_backward(
                 ALIGN,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )
-        meet(arrivals_ptr + unit, WIDTH)
+        meet(arrivals_ptr, unit, WIDTH)
 
         first_fold, folds = unit_folds(unit, C, CG, BLOCKS, ONE_SET, BLOCK_C, FOLD_C)
         for fold in range(place, folds, WIDTH):
@@ -274,7 +286,7 @@ def team_backward(
                 FOLD_C,
                 program=first_fold + fold,
             )
-        meet(arrivals_ptr + unit, 2 * WIDTH)
+        meet(arrivals_ptr, unit, 2 * WIDTH)
 
         for member in range(place, MEMBERS, WIDTH):
             channel_input_gradient(

@@ -13,6 +13,7 @@ COMMANDS = {
     "lowering": "registers, spills, access width, gates and predicted times, compiled (no GPU)",
     "traffic": "bytes moved against the floor, counted in the interpreter (no GPU)",
     "profile": "what bounds the kernels of one operator: ncu, proton or torch.profiler (needs a GPU)",
+    "forms": "how sets of channels are held on several GPUs, and the DRAM traffic by model (no GPU)",
     "overhead": "host time of a call beside that of torch.nn.functional (no GPU, or one)",
     "demo": "train three small models with torch's norms and with ours, and compare the losses",
     "gpu": "on a GPU machine: install in place, test, benchmark, compare, plot",

@@ -26,7 +26,7 @@ DIVISION = r"(div|rem)\.[su](32|64)\b"
 BARRIERS = ("bar.sync", "barrier.sync", "barrier.cluster.wait")
 """Of a block's warps, and of a cluster's."""
 
-SASS_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+((?!NOP).*?);"
+SASS_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)(\S.*?);"
 SASS_ACCESS = r"\b(LDG|STG|ATOMG|ATOM|RED|REDG)\b"
 
 

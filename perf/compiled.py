@@ -29,7 +29,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 WIDE = 16  # bytes of the widest access that all three targets have
 
 FIRST_ELEMENTS = ("channel_moments", "team_forward")
-"""Kernels that read, beside its tiles, the first element of every channel of x."""
+"""Kernels that read, beside its tiles, the first element of every channel of x, for moments; these take
+the whole tiles of a line in a first loop, and what is left of it in a second one."""
 
 SWEEPS = ("row_forward_looped", "row_gradient_means", "team_forward", "team_backward")
 """Kernels whose text loads a tile several times: for sweeps, or in a loop that is unrolled."""
@@ -49,7 +50,8 @@ def _tiles(arguments) -> list[tuple[int, int]]:
     if "TILES" in arguments:
         return sorted(arguments["TILES"], key=lambda tile: tile[1])
     sizes = next(pair for pair in TILE_SIZES if all(name in arguments for name in pair))
-    return [tuple(arguments[name] for name in sizes)]
+    rows, columns = (arguments[name] for name in sizes)
+    return [(rows, columns * arguments.get("CHUNKS", 1))]
 
 
 def _line(arguments) -> int:
@@ -111,6 +113,7 @@ class Lowered:
     shared: int = 0  # bytes of shared memory, of each block
     programs: int = 1  # of the launch
     steps: float = 1.0  # tiles that a program takes, one after another, on average
+    last_steps: float = 0.0  # of these, tiles at the end of lines that whole ones do not fill
     fold_steps: float = 1.0  # the same of tiles of partial results
     cooperative: bool = False
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
@@ -158,18 +161,32 @@ class Lowered:
         read = sum(name in self.widths for name in ("x", "dy"))
         return self.resident * read * self.tile_bytes // self.num_ctas
 
+    def loops_over(self, name: str) -> list[int]:
+        """The regions that are loops over the tiles of an activation. What a loop around such a loop
+        accesses of it are single elements."""
+        touching = {i for i, region in enumerate(self.regions) if i and name in region.touched}
+        around = set()
+        for i in touching:
+            while (i := self.regions[i].parent) is not None:
+                around.add(i)
+        return sorted(touching - around)
+
     @property
     def executions(self) -> list[float]:
         """How often a program goes through each region, on average. A loop over tiles, or over partial
         results, goes once through what its accesses cover; one that accesses neither runs as often as
         what is within it, which is the most it can."""
         a_thread = max(self.tile_bytes / self.threads, self.itemsize)
+        loops = {name: self.loops_over(name) for name in ACTIVATIONS}
+        steps = dict.fromkeys(range(len(self.regions)), self.steps)
+        if self.kernel in FIRST_ELEMENTS:
+            steps |= zip(loops["x"][:2], (self.steps - self.last_steps, self.last_steps), strict=False)
         found = [1.0] * len(self.regions)
         for i in reversed(range(1, len(found))):
             touched = self.regions[i].touched
-            of_tiles = [touched[name] for name in ACTIVATIONS if name in touched]
+            of_tiles = [touched[name] for name in ACTIVATIONS if i in loops[name]]
             if of_tiles:
-                found[i] = self.steps * a_thread / max(of_tiles)
+                found[i] = steps[i] * a_thread / max(of_tiles)
             elif any(name.endswith("_partial") for name in touched):
                 found[i] = self.fold_steps
             else:
@@ -186,11 +203,14 @@ class Lowered:
 
     @property
     def sweeps(self) -> dict[str, float]:
-        """How often the launch reads or writes each activation: once in each loop that accesses it."""
+        """How often the launch reads or writes each activation: once in each loop over it, but for the
+        two that moments share."""
         found = {}
         for name in self.activations:
             if whole := self.tensor_bytes.get(name):
-                loops = sum(name in region.touched for region in self.regions[1:])
+                loops = len(self.loops_over(name))
+                if self.kernel in FIRST_ELEMENTS and name == "x" and loops > 1:
+                    loops -= 1
                 once = self.regions[0].touched.get(name, 0) * self.threads * self.programs / whole
                 once = 0 if self.kernel in FIRST_ELEMENTS else min(once, 1)
                 found[name] = loops + once if loops else 1
@@ -246,7 +266,8 @@ class Lowered:
 def _steps(arguments, programs: int, xs) -> float:
     """Tiles that a program takes, those that stand over the tensor's edge as whole ones."""
     if "ROWS" in arguments:
-        total = ceil(arguments["M"] / arguments["ROWS"]) * ceil(arguments["N"] / arguments["BLOCK_N"])
+        ((rows, columns),) = _tiles(arguments)
+        total = ceil(arguments["M"] / rows) * ceil(arguments["N"] / columns)
     elif "GROUPS" in arguments:
         groups = arguments["C"] // arguments["CG"]
         total = arguments["N"] * ceil(groups / arguments["GROUPS"])
@@ -258,6 +279,13 @@ def _steps(arguments, programs: int, xs) -> float:
     else:
         total = sum(x.numel() for x in xs) / prod(_tiles(arguments)[-1])
     return total / programs
+
+
+def _last_steps(arguments, programs: int) -> float:
+    """Of the tiles that a program takes, those at the end of lines that whole tiles do not fill."""
+    if "BLOCK_S" not in arguments or arguments["S"] % arguments["BLOCK_S"] == 0:
+        return 0.0
+    return arguments["N"] * ceil(arguments["C"] / arguments["BLOCK_C"]) / programs
 
 
 def _fold_steps(arguments, programs: int, partials) -> float:
@@ -310,6 +338,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         shared=compiled.metadata.shared,
         programs=programs,
         steps=_steps(arguments, programs, named["x"]),
+        last_steps=_last_steps(arguments, programs) if kernel.__name__ in FIRST_ELEMENTS else 0.0,
         fold_steps=_fold_steps(
             arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
         ),

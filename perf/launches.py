@@ -220,9 +220,9 @@ def device_facts(facts: heuristics.common.DeviceFacts):
 
 
 @contextmanager
-def teams():
-    """While open, teams take whatever they can, as if on an H100; and no clusters do."""
-    with device_facts(H100), clusters(largest=1), choosing(TEAMS):
+def teams(facts=H100):
+    """While open, teams take whatever they can, as if on a GPU of these facts; and no clusters do."""
+    with device_facts(facts), clusters(largest=1), choosing(TEAMS):
         yield
 
 
@@ -242,6 +242,16 @@ def clusters(largest: int = heuristics.rows.LARGEST_CLUSTER):
         yield
     finally:
         launch.rows.largest_cluster = saved
+
+
+def plan_channels(case: Case, facts) -> list:
+    """(kernel, grid, arguments) of the launches that a case of the channel view takes on a GPU where
+    teams are allowed. Tensors without memory stand in for its own."""
+    planned = []
+    x = in_layout(torch.empty(case.shape, dtype=DTYPES[case.dtype], device="meta"), case.layout)
+    with teams(facts), observe(lambda *launch: planned.append(launch)):
+        _run_channels(case, x)
+    return planned
 
 
 def run(case: Case, variant: str | None = None) -> None:

@@ -38,8 +38,11 @@ CLUSTER_SIZES = tuple(2**k for k in range(13, 19))
 CLUSTER_ODD_SIZES = (20000, 20001)
 """Not powers of two: whose masks must not narrow accesses, and whose elements take an address each."""
 
-ODD_SIZES = (48, 1000, 5120)
+ODD_SIZES = (48, 768, 1000, 3072, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
+
+NARROW_SIZES = (127, 1001, 5124)
+"""Rows that no wide access reaches, as several tiles or one."""
 
 GROUPS = 32
 CHANNEL_SHAPES = {
@@ -143,7 +146,7 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     chosen = []
     for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
         every = operator == "layer_norm" and not brief
-        sizes = SIZES + ODD_SIZES if every else BRIEF_SIZES
+        sizes = SIZES + ODD_SIZES + NARROW_SIZES if every else BRIEF_SIZES
         for direction in PASSES:
             for dtype in ("bf16", "fp32", "fp64") if every else ("bf16",):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]

@@ -10,9 +10,10 @@ memory, b, of which r for what it reads, and at the schedulers, c. A wave of R b
 own maximum: what it takes beyond its share is the tail. A pass is the sum of its launches.
 
 What the model does not see: what the blocks of a cluster or the programs of a team wait for each other
-beyond a barrier, that a cluster stays within a part of the GPU; conflicts in shared memory, how many
-sectors narrow accesses take, L2's own bandwidth, and clocks that power lowers. It is to be compared with
-measurements, and is none.
+beyond a barrier, that a cluster stays within a part of the GPU; code that a program jumps over, as
+moments do with the end of lines that have none; conflicts in shared memory, how many sectors narrow
+accesses take, L2's own bandwidth, and clocks that power lowers. It is to be compared with measurements,
+and is none.
 """
 
 from collections import Counter

@@ -24,6 +24,7 @@ ROWS = (
     Shape(9, 127, "odd: one element short of a power of two"),
     Shape(3, 1000, "rows of a multiple of 16 bytes that is no power of two"),
     Shape(2, 1024, "a power of two, two rows a program"),
+    Shape(2, 5124, "three tiles side by side, with padding in the last"),
     Shape(3, 4097, "odd, one element past a power of two"),
     Shape(1, 8192, "the longest resident backward of 16 and 32 bits"),
     Shape(2, 16392, "past the longest resident forward: looped and split, with a last chunk"),

@@ -26,7 +26,8 @@ def test_tiles_are_legal(choose, cluster, itemsize, strided):
     for n in LENGTHS:
         tile = choose(n, itemsize, strided, cluster)
         elements = tile.rows * tile.block_n
-        for size in (tile.rows, tile.block_n, tile.num_warps, tile.num_ctas):
+        assert tile.block_n % tile.chunks == 0
+        for size in (tile.rows, tile.block_n // tile.chunks, tile.num_warps, tile.num_ctas):
             assert size > 0
             assert size & (size - 1) == 0
         assert tile.num_ctas <= cluster
@@ -81,6 +82,25 @@ def test_who_has_clusters():
     assert largest((9, 0), (3, 9), processors=78) == rows.PORTABLE_CLUSTER
     assert largest((8, 0), (3, 9)) == largest((9, 0), (3, 7)) == 1
     assert rows.largest_cluster(None, (3, 9)) == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chunks_leave_little_padding(itemsize):
+    """One tile leaves up to half of itself; 5,120 and 6,144 columns leave nothing, or a sixth."""
+    for n in range(256, rows.FORWARD_RESIDENT[itemsize], 128):
+        assert rows.row_forward(n, itemsize, False).block_n < n * 4 / 3
+    assert rows.row_forward(5120, itemsize, False).block_n == 5120
+    assert rows.row_backward(5120, itemsize, False).block_n <= 6144
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("choose", [rows.row_forward, rows.row_backward])
+def test_short_narrow_rows_stay_in_a_warp(choose, itemsize):
+    """A chunk is no wider than what the lanes of a warp access: no row is spread over several warps."""
+    for n in (33, 65, 127, 129, 255):
+        tile = choose(n, itemsize, False)
+        assert tile.block_n // tile.chunks == common.WARP
+        assert tile.block_n - n < common.WARP
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
@@ -222,9 +242,10 @@ def test_folds_have_the_warps_of_pieces():
     """Teams fold within a kernel of pieces; the sums of both forms then have one order."""
     for pieces in (1, 3, 128, 4096):
         for channels in (1, 10, 64, 2048):
-            tile = channel_choices.fold_sets(pieces, channels)
-            assert tile.num_warps == channel_choices.PIECE_WARPS == common.MIN_WARPS
-            assert tile.rows * tile.block_n <= channel_choices.FOLD_SET_ELEMENTS
+            for one_set in (False, True):
+                tile = channel_choices.fold_sets(pieces, channels, one_set)
+                assert tile.num_warps == channel_choices.PIECE_WARPS == common.MIN_WARPS
+                assert tile.rows * tile.block_n <= channel_choices.FOLD_SET_ELEMENTS
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)

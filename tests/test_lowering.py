@@ -69,6 +69,29 @@ def test_gates(target):
     assert clusters == ({1, 4, 8, 16} if has_clusters else {1})
 
 
+ISSUE_RATE = """
+from perf.compiled import lower
+from perf.shapes import Case
+cases = [Case("layer_norm", d, (65536, n), "bf16") for d, n in {cases}]
+for launches in lower("sm_90", [(case, None) for case in cases], instructions=True):
+    for k in launches:
+        if k.instructions_per_byte:
+            print(k.instructions_per_byte)
+"""
+
+
+def test_issue_rate():
+    """LayerNorm on bfloat16 rows takes at most 60% of the 0.17 warp instructions a byte that an H100 can
+    issue with room to spare: a power of two, and five tiles side by side."""
+    cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ISSUE_RATE.format(cases=cases)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found = [float(line) for line in output.split()]
+    assert len(found) == len(cases)
+    assert max(found) <= 0.6 * 0.17
+
+
 def lowered(**changes):
     fields = dict(
         target="sm_90",

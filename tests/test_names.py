@@ -137,7 +137,8 @@ def test_operations_are_those_of_the_compute_dtype():
         ("layer_norm", (1, 65536), None),
         ("rms_norm", (128, 128), None),
         ("group_norm", (2, 64, 8, 8), 8),
-        ("batch_norm", (4, 8, 32, 32), None),
+        ("batch_norm", (4, 8, 32, 32), None),  # a piece a channel
+        ("batch_norm", (4, 8, 96, 96), None),
         ("weight_norm", (64, 128), None),
         ("weight_norm_dim1", (512, 64), None),
     ],

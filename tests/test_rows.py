@@ -128,7 +128,7 @@ def test_zero_variance(dtype, device):
 
 
 @every_operator
-@pytest.mark.parametrize("n", [8, 20000], ids=["resident", "looped"])
+@pytest.mark.parametrize("n", [8, 96, 20000], ids=["resident", "chunks", "looped"])
 def test_special_values(operator, n, device):
     """NaN, infinities, signed zeros and zero rows, as PyTorch has them."""
     x = torch.randn(7, n, device=device)
@@ -297,7 +297,7 @@ def test_same_bits_again(operator, n, device):
 
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [60, 1004, 20000])
+@pytest.mark.parametrize("n", [60, 127, 1004, 20000])
 def test_batch_invariance(operator, n, dtype, device):
     """The bits of a row do not depend on the other rows: not on how many, nor on where it starts.
     At n = 60 and 1004, rows start at other alignments than the batch does."""

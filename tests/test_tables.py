@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 WALKS = {"n": 96, "itemsize": 4, "strided": False}
 ROWS = WALKS | {"cluster": 1}
 PIECES = {"n": 1, "c": 64, "s": 100, "itemsize": 2, "adjacent": "s", "over_batch": False}
+PIECES |= {"finer": True}
 GROUPS = {"cg": 2, "groups": 32, "s": 64, "itemsize": 2, "adjacent": "c"}
 SETS = {"backward": True, "magnitude": 12, "itemsize": 2, "adjacent": None, "over_batch": True}
 
@@ -103,7 +104,7 @@ def test_what_the_heuristics_answer_could_be_an_entry():
                 of_groups["adjacent"] = adjacent
                 in_pieces = {"n": 1, "c": c, "s": s, "itemsize": 2, "adjacent": adjacent}
                 for over_batch, n in ((False, 1), (True, 9)):
-                    in_pieces |= {"n": n, "over_batch": over_batch}
+                    in_pieces |= {"n": n, "over_batch": over_batch, "finer": adjacent == "s"}
                     for heuristic, arguments in (
                         (channels.group_forward, of_groups),
                         (channels.group_backward, of_groups),
@@ -306,7 +307,7 @@ DECIDED = [
     (
         Case("group_norm", "forward", (2, 64, 8, 8), "bf16", "channels_last", 32),
         entry("group_forward", GROUPS, None),
-        [("channel_moments", ..., {}), ("fold_moments", ..., {}), ("channel_normalize", ..., {})],
+        [("team_forward", ..., {"WIDTH": 1})],
     ),
     (
         BATCH,

@@ -10,7 +10,7 @@ from conftest import INTERPRETED
 from test_channels import make_small
 
 import tritonnorm.functional as tF
-from perf.launches import H100, TEAMS, choosing
+from perf.launches import H100, TEAMS, choosing, observe
 from tritonnorm import heuristics, launch
 from tritonnorm.heuristics.channels import Pieces
 from tritonnorm.heuristics.teams import Team
@@ -75,6 +75,23 @@ def test_running_statistics(device, monkeypatch, request):
     assert not torch.equal(split[0], torch.zeros(6, device=device))
 
 
+@pytest.mark.parametrize("shape", [(3, 17, 9, 9), (4, 64, 8, 8)], ids=str)
+def test_alone(shape, device, monkeypatch):
+    """Sets of one piece: a launch each way, on any GPU, with the bits of three."""
+    x, dy = (torch.randn(shape, device=device) for _ in range(2))
+    weight, bias = torch.randn(2, shape[1], device=device)
+    counted = []
+    with observe(lambda kernel, grid, arguments: counted.append(kernel.__name__)):
+        run(BATCH_NORM, x, weight, bias, dy)
+    assert counted == ["team_forward", "team_backward", "fold_parameter_gradients"]
+    alone = run(BATCH_NORM, x, weight, bias, dy)
+    monkeypatch.setattr(heuristics.teams, "team", lambda *arguments: None)
+    split = run(BATCH_NORM, x, weight, bias, dy)
+    assert torch.equal(split[0], alone[0])
+    for a, b in zip(split[1], alone[1], strict=True):
+        assert torch.equal(a, b)
+
+
 PIECES = Pieces(block_c=64, block_s=32, images=1, steps=4, num_warps=4, registers=None)
 LINES = Pieces(block_c=1, block_s=2048, images=1, steps=4, num_warps=4, registers=None)
 
@@ -109,9 +126,11 @@ def test_teams_are_legal(sizes, cg, over_batch, pieces):
     n, c, s = sizes
     team = heuristics.teams.team(sizes, cg, over_batch, pieces, 2, H100)
     images = 1 if over_batch else n
-    if team is None:  # one unit alone is too large, or is one piece
+    if team is None:  # one unit alone is too large, or what fits leaves SMs idle
         blocks = c if pieces is PIECES else cg
-        assert 2 * min(blocks, c) * s * n // images > H100.l2_bytes / 3 or pieces.count(n, s) == images
+        unit_bytes = 2 * min(blocks, c) * s * n // images
+        fitting = int(H100.l2_bytes / 3) // unit_bytes
+        assert fitting * pieces.count(n, s) // images < heuristics.teams.TEAM_BUSY * H100.processors
         return
     assert team.teams * team.width <= heuristics.teams.TEAM_PROGRAMS * H100.processors
     assert team.width <= team.members
@@ -119,6 +138,15 @@ def test_teams_are_legal(sizes, cg, over_batch, pieces):
     assert team.blocks * pieces.block_c % cg == 0 or team.units == images
     unit_bytes = 2 * min(team.blocks * pieces.block_c, c) * s * n // images
     assert team.teams * unit_bytes <= H100.l2_bytes / 3
+
+
+def test_no_team_that_leaves_the_gpu_idle():
+    """Two channels of 8 MB fit: as 32 pieces each they have 64 programs, as 256 they have 512."""
+    sizes = (4, 128, 2**20)
+    coarse, fine = (replace(LINES, steps=steps) for steps in (64, 8))
+    assert heuristics.teams.team(sizes, 1, True, coarse, 2, H100) is None
+    team = heuristics.teams.team(sizes, 1, True, fine, 2, H100)
+    assert team == Team(units=128, blocks=1, members=256, teams=2, width=256)
 
 
 def test_one_image_fills_the_gpu():

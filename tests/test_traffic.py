@@ -92,6 +92,42 @@ def test_floor_of_channels(case):
         assert not moved.reread
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("group_norm", "forward", (2, 4, 128, 128), "bf16", "contiguous", 2),
+        Case("group_norm", "backward", (1, 10, 64, 64), "bf16", "channels_last", 2),
+        Case("batch_norm", "backward", (3, 4, 100, 99), "bf16"),
+    ],
+    ids=lambda case: case.label,
+)
+def test_the_second_sweep_runs_backwards(case):
+    """What was read last is read first: tile by tile, over all programs and within each."""
+    order = {}
+
+    def launch(kernel, grid, arguments):
+        x = arguments.get("x_ptr")
+
+        def note(addresses, itemsize, is_store):
+            if x is not None and addresses.size > arguments["BLOCK_C"] and not is_store:
+                offset = int(addresses.min()) - x.data_ptr()
+                if 0 <= offset < x.nbytes:
+                    order.setdefault(kernel.__name__, []).append(offset)
+
+        with traffic.memory_accesses(note):
+            kernel[grid](**arguments)
+
+    with launches.observe(launch):
+        launches.run(case)
+    first, second = (
+        ("channel_moments", "channel_normalize")
+        if case.direction == "forward"
+        else ("channel_gradient_sums", "channel_input_gradient")
+    )
+    assert len(set(order[first])) > 4
+    assert order[second] == order[first][::-1]
+
+
 ONE_READ_WEIGHTS = {
     "forward": heuristics.weights.WEIGHT_FORWARD_RESIDENT,
     "backward": heuristics.weights.WEIGHT_BACKWARD_RESIDENT,

@@ -73,7 +73,7 @@ def test_every_choice_has_neighbours():
 @pytest.mark.parametrize("itemsize", [2, 8])
 def test_neighbours_are_legal_and_others(itemsize):
     shared = {"itemsize": itemsize, "adjacent": "c"}
-    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True}
+    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True, "finer": False}
     for name, arguments in (
         *((name, ROWS | {"itemsize": itemsize}) for name in ("row_forward", "row_backward")),
         ("row_forward", ROWS | {"itemsize": itemsize, "n": 32768, "strided": True}),
@@ -115,6 +115,7 @@ def test_neighbours_of_sets():
     assert {answer.groups for answer in found if answer} == {1, 2}
     pieces = channels.Pieces(64, 16, 1, 8, 4, None)
     arguments = {"n": 1, "c": 320, "s": 256, "itemsize": 2, "adjacent": "c", "over_batch": False}
+    arguments |= {"finer": False}
     found = candidates.neighbours("channel_forward", arguments, pieces)
     assert channels.Pieces(32, 32, 1, 4, 4, None) in found
     assert all(answer.images == 1 for answer in found)
@@ -381,9 +382,9 @@ def test_a_dry_run_lists_what_would_be_tried(monkeypatch, capsys):
     first, *answers, last = capsys.readouterr().out.splitlines()
     cluster = rows.largest_cluster(H100, TRITON_VERSION)  # which the choices of an H100 are asked with
     about = f"row_forward n=64 itemsize=2 strided=False cluster={cluster}"
-    assert first == f"{about}: rows=32,block_n=64,num_warps=4, 3 cases"
-    assert "  rows=16,block_n=64,num_warps=4: clean" in answers
-    assert "  rows=32,block_n=64,num_warps=8: row_forward_resident: spills: 8 bytes of stack" in answers
+    assert first == f"{about}: rows=64,block_n=64,num_warps=4, 3 cases"
+    assert "  rows=32,block_n=64,num_warps=4: clean" in answers
+    assert "  rows=64,block_n=64,num_warps=8: row_forward_resident: spills: 8 bytes of stack" in answers
     assert last == "1 choices, 6 answers near them, 4 compile cleanly for sm_90"
 
 

@@ -9,6 +9,6 @@ Registers and spills were read off the compiler (`python -m perf lowering`); cho
 that compile equally clean wait for a measurement and say so.
 """
 
-from . import channels, common, rows, table, teams, weights
+from . import channels, common, l2, rows, table, teams, weights
 
-__all__ = ["channels", "common", "rows", "table", "teams", "weights"]
+__all__ = ["channels", "common", "l2", "rows", "table", "teams", "weights"]

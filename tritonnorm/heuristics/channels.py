@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from math import ceil
 
-from .common import MIN_WARPS, WARP, RowTile, power_of_two, registers, warps_of, whole_words
+from .common import (
+    FOLD_STEPS,
+    MIN_WARPS,
+    WARP,
+    RowTile,
+    power_of_two,
+    registers,
+    warps_of,
+    whole_words,
+)
 
 GROUP_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
 GROUP_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
@@ -24,8 +33,13 @@ bandwidth of an H100 is halved."""
 CHANNEL_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 4}
 CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 PIECE_WARPS = 4
-"""Elements a thread, and warps, of a step through a piece: 40 to 96 registers. With 8 warps the moments
-of channels_last have twice as many barriers."""
+"""Elements a thread, and warps, of a step through a piece: 40 to 96 registers."""
+
+LINE_MOMENTS_REGISTERS = 72
+"""Registers a thread, at most, of the moments of 16-bit tensors whose tiles are of one channel. Left
+alone the assembler takes 93 for what comes after the loop, and fewer blocks then read at the same time;
+the loop is longer by 7% for it (bfloat16 on sm_90). With 8 fewer they spill on sm_100, as float32 does
+with as many, and as tiles of more channels do with 80."""
 
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
@@ -34,17 +48,25 @@ PIECE_ELEMENTS = 8192
 """The smallest piece: 16 KB of bfloat16. One image of 320 channels of 64 x 64 gives 160 of them, more
 than an H100 has SMs."""
 
-GROUP_PARTS = 128
+GROUP_PARTS, GROUP_PARTS_ACROSS = 256, 128
 """Parts, at most, that the positions of an image are cut into: the partial results of larger images stay
-as few."""
+as few. Of contiguous ones more: two channels of 2 million positions, which are all that a backward pass
+by teams has in flight on an H100, then have 512 programs. (Across channels_last a unit is too large for
+teams, however it is cut.)"""
 
 BATCH_PROGRAMS = 4096
 """Programs, at most, that share the statistics of a batch: four waves of an H100 at 8 an SM
 (unmeasured)."""
 
-FOLD_SET_ELEMENTS, FOLD_SET_COLUMNS = 1024, 4
-"""Elements of a step of a fold of moments, in float64, and its channels: a sector of 32 bytes, so that
-the 4,096 pieces of a batch of 64 channels are folded by 16 programs in 16 steps (unmeasured)."""
+BATCH_PIECE_BYTES, BATCH_PIECES = 32768, 65536
+"""Bytes of a piece of x, or of x and dy, that 512 programs of teams hold in a third of an H100's L2; and
+the most pieces that a batch is cut into for it, where channels lie apart: their moments take 0.8 MB
+(unmeasured)."""
+
+FOLD_SET_ELEMENTS, FOLD_SET_COLUMNS = 2048, 4
+"""Elements of a step of a fold of moments, in float64, and its channels: a sector of 32 bytes. A group's
+are more where its pieces are few; single ones fewer where more than FOLD_STEPS steps would follow one
+another (unmeasured)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ def group_backward(
     )
 
 
-def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pieces:
+def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, finer, *, a_thread, bytes_once) -> Pieces:
     if not whole_words(s if adjacent == "s" else c, itemsize):
         a_thread = max(a_thread // 2, 1)
     elements = PIECE_WARPS * WARP * a_thread
@@ -144,36 +166,81 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, *, a_thread) -> Pie
         block_s = min(power_of_two(s), elements // block_c)
     smallest = PIECE_ELEMENTS // block_c  # positions, over all images of the piece
     if over_batch:
-        count = max(min(n * s // smallest, BATCH_PROGRAMS // ceil(c / block_c)), 1)
-        images, parts = max(n // count, 1), max(count // n, 1)
+        blocks, small = ceil(c / block_c), BATCH_PIECE_BYTES // (block_c * bytes_once)
+        programs = BATCH_PROGRAMS
+        if finer:
+            programs = max(programs, min(n * s // small * blocks, BATCH_PIECES))
+        count = max(min(n * s // smallest, programs // blocks), 1)
+        images, parts = max(n // count, 1), max(round(count / n), 1)
     else:
-        images, parts = 1, max(min(s // smallest, GROUP_PARTS), 1)
+        most = GROUP_PARTS if adjacent == "s" else GROUP_PARTS_ACROSS
+        images, parts = 1, max(min(s // smallest, most), 1)
     steps = ceil(s / parts / block_s)
     warps = warps_of(block_c * block_s, a_thread)
     return Pieces(block_c, block_s, images, steps, warps, registers(warps, itemsize))
 
 
 def channel_forward(
-    n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
+    n: int,
+    c: int,
+    s: int,
+    itemsize: int,
+    adjacent: str | None,
+    over_batch: bool,
+    finer: bool = False,
 ) -> Pieces:
     """The pieces of the forward pass over images of c channels and s positions. n are the images that
-    share statistics: 1 for those of groups, whose pieces do not depend on the others."""
+    share statistics: 1 for those of groups, whose pieces do not depend on the others. Those of a batch
+    are at most BATCH_PROGRAMS; or `finer`, as teams need them."""
     return _channel_pieces(
-        n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize]
+        n,
+        c,
+        s,
+        itemsize,
+        adjacent,
+        over_batch,
+        finer,
+        a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize],
+        bytes_once=itemsize,
     )
 
 
 def channel_backward(
-    n: int, c: int, s: int, itemsize: int, adjacent: str | None, over_batch: bool
+    n: int,
+    c: int,
+    s: int,
+    itemsize: int,
+    adjacent: str | None,
+    over_batch: bool,
+    finer: bool = False,
 ) -> Pieces:
-    """The same for the backward pass."""
+    """The same for the backward pass, which reads two tensors."""
     return _channel_pieces(
-        n, c, s, itemsize, adjacent, over_batch, a_thread=CHANNEL_BACKWARD_ELEMENTS[itemsize]
+        n,
+        c,
+        s,
+        itemsize,
+        adjacent,
+        over_batch,
+        finer,
+        a_thread=CHANNEL_BACKWARD_ELEMENTS[itemsize],
+        bytes_once=2 * itemsize,
     )
 
 
-def fold_sets(pieces: int, channels: int) -> RowTile:
-    """The fold of so many pieces of the channels of a program: those of a group, or single ones."""
-    block_c = min(power_of_two(channels), FOLD_SET_COLUMNS)
-    rows = min(power_of_two(pieces), FOLD_SET_ELEMENTS // block_c)
-    return RowTile(rows, block_c, MIN_WARPS)
+def moments_registers(pieces: Pieces, itemsize: int) -> int | None:
+    """Registers a thread, at most, of the moments of pieces; None to leave it to the assembler."""
+    return LINE_MOMENTS_REGISTERS if itemsize == 2 and pieces.block_c == 1 else pieces.registers
+
+
+def fold_sets(pieces: int, channels: int, one_set: bool) -> RowTile:
+    """The fold of so many pieces of the channels of a program: those of a group, which are `one_set`, or
+    single ones."""
+    columns = power_of_two(channels)
+    if one_set:
+        columns = min(columns, max(FOLD_SET_COLUMNS, FOLD_SET_ELEMENTS // power_of_two(pieces)))
+    else:
+        filling = FOLD_SET_ELEMENTS // power_of_two(ceil(2 * pieces / FOLD_STEPS))  # in two sweeps
+        columns = min(columns, FOLD_SET_COLUMNS, max(filling, 1))
+    rows = min(power_of_two(pieces), FOLD_SET_ELEMENTS // columns)
+    return RowTile(rows, columns, MIN_WARPS)

@@ -1,6 +1,7 @@
 """What launch choices of all views share."""
 
 from dataclasses import dataclass
+from math import ceil
 
 WARP = 32
 MIN_WARPS = 4
@@ -22,6 +23,10 @@ FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
 """Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4
 loads one after another (MAX_PARTIALS / 256 rows), and at N = 128 still 8 programs (unmeasured)."""
 
+FOLD_STEPS = 4
+"""Steps of a fold, at most, as far as its tile can be made narrower for it: the pieces of channels are
+many where channels are few, and each step waits for memory (unmeasured)."""
+
 WORD_BYTES = 16
 """The widest access. Lines that are no multiple of it are accessed in less, with an address each: the
 tiles of pieces then have half as many elements a thread."""
@@ -33,13 +38,19 @@ alone it takes fewer (64 for the moments on sm_100) and spills one or two."""
 
 @dataclass(frozen=True)
 class RowTile:
-    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. A program is a cluster
-    of `num_ctas` blocks of `num_warps` each, which have a part of the columns each."""
+    """`rows` x `block_n` elements a program, one step of a loop if `block_n` < N. The columns are held
+    in `chunks` tiles side by side, whose widths are powers of two. A program is a cluster of `num_ctas`
+    blocks of `num_warps` each, which have a part of the columns each.
+
+    `registers` are a thread's, at most, that the assembler is told to use; None leaves it alone.
+    """
 
     rows: int
     block_n: int
     num_warps: int
     num_ctas: int = 1
+    chunks: int = 1
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
@@ -73,7 +84,8 @@ def partials(steps: int, program_bytes: int, traffic: int, programs: int | None 
 
 def fold(partials: int) -> RowTile:
     """The fold of so many partial gradients."""
-    rows = min(power_of_two(partials), FOLD_ELEMENTS // FOLD_COLUMNS)
+    enough = min(power_of_two(ceil(partials / FOLD_STEPS)), FOLD_ELEMENTS)
+    rows = min(power_of_two(partials), max(enough, FOLD_ELEMENTS // FOLD_COLUMNS))
     return RowTile(rows, FOLD_ELEMENTS // rows, FOLD_WARPS)
 
 

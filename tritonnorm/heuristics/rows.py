@@ -1,17 +1,56 @@
 """Launch choices of the row view."""
 
+from dataclasses import replace
 from math import ceil
 
 from . import common
-from .common import MIN_WARPS, WARP, DeviceFacts, RowTile, partials, power_of_two, warps
+from .common import (
+    MIN_WARPS,
+    WARP,
+    WORD_BYTES,
+    DeviceFacts,
+    RowTile,
+    partials,
+    power_of_two,
+    warps,
+    whole_words,
+)
 
-FORWARD_ELEMENTS = 16
-"""Elements a thread holds in the forward pass: two 16-byte loads of bfloat16 in flight, at 32 to 48
-registers. 32 take up to 108, which leaves one block of 16 warps on an SM."""
+FORWARD_ELEMENTS = {2: 32, 4: 16, 8: 16}
+"""Elements a thread holds in the forward pass, by bytes an element: four 16-byte loads in flight, at 56
+to 66 registers. Half as many of bfloat16 have a quarter fewer bytes in flight an SM, and take a quarter
+more instructions a byte (unmeasured)."""
 
-BACKWARD_ELEMENTS = 8
-"""In the backward pass, where x, dy, weight, dweight and dbias are all held: 64 registers. 16 take 122
-to 126, for the same bytes in flight an SM (unmeasured)."""
+BACKWARD_ELEMENTS = {2: 16, 4: 8, 8: 8}
+"""The same for the backward pass, where x, dy, weight, dweight and dbias are all held: 64 to 100
+registers. Half as many of bfloat16 have as many bytes in flight, and take 30% more instructions
+(unmeasured)."""
+
+NARROW_BACKWARD_ELEMENTS = 8
+"""The same for short rows of any width whose accesses are narrow: each has an address of its own."""
+
+FORWARD_CHUNKS = {2: (1, 3, 5), 4: (1, 3, 5), 8: (1,)}
+"""Tiles side by side that may hold a row, a word of each a thread: 5,120 columns are 5 times 1,024,
+where one tile would be 8,192."""
+
+BACKWARD_CHUNKS = {2: (1, 3), 4: (1, 3, 5), 8: (1,)}
+"""The same for the backward pass: 5 of bfloat16 spill."""
+
+CHUNK_REGISTERS = 128
+"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Left
+alone, the assembler takes 180, for one (unmeasured)."""
+
+LEAST_BACKWARD_CHUNKS = 4096
+"""Bytes of a row above which they are used: its chunks then take all threads. Of several short rows the
+weight would be held beside x and dy, which spills."""
+
+CHUNK_BYTES = 64
+"""Bytes of a row, at least, in each of several tiles: two of DRAM's 32-byte sectors (unmeasured)."""
+
+NARROW_CHUNKS = 8
+"""Tiles side by side, at most, of a short row that no wide access reaches, as of 127 columns. Each is as
+wide as the lanes of a warp, so that a row stays in it: as one tile it would be spread over the warps,
+and every lane would have elements of many rows to add up."""
 
 STRIDED_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
 STRIDED_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
@@ -37,6 +76,12 @@ cluster stays within one, and a block may need an SM for itself."""
 CLUSTER_WARPS = 16
 """Warps of a block of a cluster, at most: 32 would leave one block on an SM, and nothing to do there
 while it waits for the others (unmeasured)."""
+
+CLUSTER_FORWARD_ELEMENTS, CLUSTER_BACKWARD_ELEMENTS = 16, 8
+"""Elements a thread of a cluster: what its sums wait for is shared by more warps (unmeasured)."""
+
+LOOPED_ELEMENTS, SPLIT_ELEMENTS = 16, 8
+"""Elements a thread of a step of rows that are not resident, forward and backward (unmeasured)."""
 
 FORWARD_CHUNK = {2: 4096, 4: 4096, 8: 2048}
 """Columns a step of the looped forward: 8 warps at 63 to 70 registers (float64: 100)."""
@@ -80,53 +125,70 @@ def _cluster(block_n: int, a_thread: int, resident: int, largest: int) -> RowTil
     return RowTile(1, block_n, num_warps, num_ctas)
 
 
-def _row_tile(n, itemsize, strided, cluster, *, a_thread, resident, chunk, strided_tile) -> RowTile:
-    block_n = power_of_two(n)
-    if not strided and block_n > resident and (tile := _cluster(block_n, a_thread, resident, cluster)):
-        return tile
+def _filled(block_n: int, a_thread: int, chunks: int = 1) -> RowTile:
+    """As many rows of `block_n` columns as give each thread of the fewest warps its elements."""
+    rows = max(MIN_WARPS * WARP * a_thread // block_n, 1)
+    rows = power_of_two(rows + 1) // 2  # the power of two below
+    num_warps = warps(rows * block_n // chunks, a_thread // chunks)
+    return RowTile(rows, block_n, num_warps, chunks=chunks)
+
+
+def _resident(n: int, itemsize: int, a_thread: int, a_narrow: int, counts) -> RowTile:
+    """The tile of resident rows of adjacent elements, in the chunks that leave the least padding."""
+    word = WORD_BYTES // itemsize
+    access = min(n & -n, word)  # elements that a thread accesses at once
+    lanes = WARP * access
+    chunks = ceil(n / lanes)
+    if not whole_words(n, itemsize) and 1 < chunks <= NARROW_CHUNKS:
+        return _filled(lanes * chunks, a_narrow, chunks)
+    widths = {count: power_of_two(ceil(n / count)) for count in counts}
+    wide = [count for count in counts if count == 1 or widths[count] * itemsize >= CHUNK_BYTES]
+    chunks = min(wide, key=lambda count: count * widths[count])
+    if chunks > 1:
+        # Narrow accesses take the registers of more addresses.
+        return _filled(widths[chunks] * chunks, chunks * max(access, word // 2), chunks)
+    if n < word:
+        a_thread //= 2  # each element is nearly a row, with an address and statistics of its own
+    return _filled(widths[1], a_thread)
+
+
+def _strided(n: int, itemsize: int, a_thread: int, most: int) -> RowTile:
+    block_n, rows = power_of_two(n), STRIDED_BYTES // itemsize
     filling = MIN_WARPS * WARP * a_thread // block_n  # rows that give every thread its elements
-    if strided:
-        rows = STRIDED_BYTES // itemsize
-        if rows // 2 * block_n > strided_tile:
-            block_n = strided_tile // 2 // rows  # a loop holds more than a resident tile does
-        elif rows * block_n > strided_tile:
-            rows //= 2
-        rows = max(rows, filling)
-    elif block_n > resident:
-        rows, block_n = 1, chunk
-    else:
-        rows = max(filling, 1)
+    if rows // 2 * block_n > most:
+        block_n = most // 2 // rows  # a loop holds more than a resident tile does
+    elif rows * block_n > most:
+        rows //= 2
+    rows = max(rows, filling)
     return RowTile(rows, block_n, warps(rows * block_n, a_thread))
 
 
 def row_forward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTile:
     """The forward pass over rows of n elements; looped if its `block_n` is less than n. `cluster` is
     `largest_cluster`."""
-    return _row_tile(
-        n,
-        itemsize,
-        strided,
-        cluster,
-        a_thread=STRIDED_FORWARD_ELEMENTS[itemsize] if strided else FORWARD_ELEMENTS,
-        resident=FORWARD_RESIDENT[itemsize],
-        chunk=FORWARD_CHUNK[itemsize],
-        strided_tile=STRIDED_FORWARD_TILE[itemsize],
-    )
+    if strided:
+        return _strided(n, itemsize, STRIDED_FORWARD_ELEMENTS[itemsize], STRIDED_FORWARD_TILE[itemsize])
+    limit, chunk = FORWARD_RESIDENT[itemsize], FORWARD_CHUNK[itemsize]
+    if n > limit:
+        held = _cluster(power_of_two(n), CLUSTER_FORWARD_ELEMENTS, limit, cluster)
+        return held or RowTile(1, chunk, warps(chunk, LOOPED_ELEMENTS))
+    a_thread = FORWARD_ELEMENTS[itemsize]
+    return _resident(n, itemsize, a_thread, a_thread, FORWARD_CHUNKS[itemsize])
 
 
 def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTile:
     """The backward pass over rows of n elements; split if its `block_n` is less than n. `cluster` is
     `largest_cluster`."""
-    return _row_tile(
-        n,
-        itemsize,
-        strided,
-        cluster,
-        a_thread=STRIDED_BACKWARD_ELEMENTS[itemsize] if strided else BACKWARD_ELEMENTS,
-        resident=BACKWARD_RESIDENT[itemsize],
-        chunk=BACKWARD_CHUNK,
-        strided_tile=STRIDED_BACKWARD_TILE[itemsize],
-    )
+    if strided:
+        a_thread, most = STRIDED_BACKWARD_ELEMENTS[itemsize], STRIDED_BACKWARD_TILE[itemsize]
+        return _strided(n, itemsize, a_thread, most)
+    limit = BACKWARD_RESIDENT[itemsize]
+    if n > limit:
+        held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
+        return held or RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
+    counts = BACKWARD_CHUNKS[itemsize] if n > LEAST_BACKWARD_CHUNKS // itemsize else (1,)
+    tile = _resident(n, itemsize, BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS, counts)
+    return replace(tile, registers=CHUNK_REGISTERS) if tile.chunks > 1 else tile
 
 
 def row_programs(n: int, itemsize: int, strided: bool) -> int:

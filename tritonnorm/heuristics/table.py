@@ -10,7 +10,7 @@ nothing is measured while a program runs.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.resources import files
 from inspect import signature
@@ -88,7 +88,13 @@ def _registers_flaw(num_warps: int, registers: int | None) -> str | None:
 def _row_flaw(tile: RowTile, n: int, **_) -> str | None:
     if tile.block_n > power_of_two(n):
         return f"a row has {n} elements"
-    return _tile_flaw(tile.rows * tile.block_n, tile.num_warps, *astuple(tile))
+    if tile.chunks < 1 or tile.block_n % tile.chunks or (tile.chunks > 1 and tile.block_n < n):
+        return "chunks are tiles of one width, which hold a row"
+    sizes = tile.rows, tile.block_n // tile.chunks, tile.num_ctas
+    elements = tile.rows * tile.block_n
+    return _tile_flaw(elements, tile.num_warps, *sizes) or _registers_flaw(
+        tile.num_warps, tile.registers
+    )
 
 
 def _programs_flaw(programs: int, **_) -> str | None:
@@ -144,6 +150,7 @@ ARGUMENTS = {
     "adjacent": lambda value: value in ("s", "c", None),
     "strided": lambda value: type(value) is bool,
     "over_batch": lambda value: type(value) is bool,
+    "finer": lambda value: type(value) is bool,
     "backward": lambda value: type(value) is bool,
 }
 """What arguments can be; the others are sizes, from 1 on."""

@@ -5,13 +5,15 @@ from math import ceil
 
 from .channels import Pieces
 from .common import SM_REGISTERS, WARP, WIDE_REGISTERS, DeviceFacts
+from .l2 import kept_bytes
 
 TEAM_PROGRAMS, TEAM_REGISTERS = 4, 128
 """Programs of a team's launch on an SM, all of which must be running, and registers a thread that leave
 room for them at 4 warps each."""
 
-TEAM_L2_SHARE = 1 / 3
-"""Part of L2 that units in flight may take: they are read again from there, beside what is written."""
+TEAM_BUSY = 2
+"""Programs of teams on an SM, at least, where there are enough pieces: with fewer than 8 KB in flight,
+a quarter of what keeps an H100's memory busy, reading twice is faster (unmeasured)."""
 
 ROW_FORWARD_SLAB = {2: 4096, 4: 4096, 8: 2048}
 """Columns, by bytes an element, that a program of a row's team holds: 16 elements a thread (float64: 8)
@@ -92,22 +94,30 @@ def team(
     element_bytes: int,
     device: DeviceFacts | None,
 ) -> Team | None:
-    """How teams take the pieces of sets of cg channels, where they are preferred; None if they cannot.
-    `sizes` are (n, c, s), and `element_bytes` those of all tensors that are read twice. No result
-    depends on this choice."""
-    if device is None:
-        return None
+    """How teams take the pieces of sets of cg channels; None for the split form. `sizes` are (n, c, s),
+    and `element_bytes` those of all tensors that are read twice. No result depends on this choice.
+
+    Units of one piece need no facts of a device: a program for each does all of the split form's
+    launches. Without facts there are no other teams.
+    """
     n, c, s = sizes
     blocks = _channel_blocks(c, cg, pieces.block_c)
     images = 1 if over_batch else n
     units = images * ceil(c / (blocks * pieces.block_c))
     members = blocks * pieces.count(n, s) // images
+    if members == 1:
+        return Team(units, blocks, members, teams=units, width=1)
+    if device is None:
+        return None
     unit_bytes = min(blocks * pieces.block_c, c) * s * (n // images) * element_bytes
     programs = device.processors * TEAM_PROGRAMS
-    teams = min(units, int(TEAM_L2_SHARE * device.l2_bytes) // unit_bytes, max(programs // members, 1))
-    if teams == 0 or members == 1:
+    teams = min(units, kept_bytes(device) // unit_bytes, max(programs // members, 1))
+    if teams == 0:
         return None
-    return Team(units, blocks, members, teams, min(members, programs // teams))
+    width = min(members, programs // teams)
+    if teams * width < min(TEAM_BUSY * device.processors, units * members):
+        return None
+    return Team(units, blocks, members, teams, width)
 
 
 def _channel_blocks(c: int, cg: int, block_c: int) -> int:

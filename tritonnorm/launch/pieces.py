@@ -69,7 +69,9 @@ class Sets:
 def _choose(sets: Sets, heuristic, itemsize) -> heuristics.channels.Pieces:
     view = sets.view
     n = view.n if sets.over_batch else 1
-    return sets.choices(heuristic, n, view.c, view.s, itemsize, view.adjacent, sets.over_batch)
+    finer = view.adjacent == "s"  # across channels_last a unit is too large for teams, however cut
+    sizes = n, view.c, view.s
+    return sets.choices(heuristic, *sizes, itemsize, view.adjacent, sets.over_batch, finer)
 
 
 def in_pieces(pieces: heuristics.channels.Pieces):
@@ -89,6 +91,13 @@ def in_sets(sets: Sets, pieces: heuristics.channels.Pieces):
     """Grid and arguments of a kernel that takes a piece of the view a program, and how many pieces of a
     channel there are."""
     return sets.programs(pieces), sets.arguments | in_pieces(pieces), sets.count(pieces)
+
+
+@planned
+def _for_moments(sets: Sets, pieces: heuristics.channels.Pieces, itemsize: int):
+    """The arguments of channel_moments that are known before its tensors are."""
+    most = heuristics.channels.moments_registers(pieces, itemsize)
+    return sets.arguments | in_pieces(pieces) | dict(maxnreg=most)
 
 
 def normalize(
@@ -120,7 +129,7 @@ def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
     images = 1 if sets.over_batch else sets.view.n
     count = sets.count(pieces) // images
     one_set = sets.cg > 1
-    tile = heuristics.channels.fold_sets(count, sets.cg if one_set else pieces.block_c)
+    tile = heuristics.channels.fold_sets(count, sets.cg if one_set else pieces.block_c, one_set)
     programs = images * (sets.view.c // sets.cg if one_set else ceil(sets.view.c / tile.block_n))
     arguments = dict(CG=sets.cg, SETS=sets.an_image, PIECES=count, ONE_SET=one_set, BLOCK_P=tile.rows)
     return (
@@ -147,8 +156,6 @@ def _team(
     sets: Sets, pieces: heuristics.channels.Pieces, x, backward: bool
 ) -> heuristics.teams.Team | None:
     """The team that takes the pieces of x, and in the backward pass of dy; None for the split form."""
-    if not _prefers_teams(sets, x.element_size(), backward):
-        return None
     view = sets.view
     _, fold, fold_tile = _fold(sets, pieces)
     fold_shape = fold["BLOCK_P"], fold_tile["BLOCK_C"]
@@ -165,14 +172,14 @@ def _team(
         sets.over_batch,
         pieces,
         (2 if backward else 1) * x.element_size(),
-        device_facts(x.device),
+        device_facts(x.device) if _prefers_teams(sets, x.element_size(), backward) else None,
     )
 
 
 def _in_team(team: heuristics.teams.Team, device):
     """Grid and arguments of a team's kernel. Programs that wait for others must all be running."""
     arguments = dict(
-        arrivals_ptr=torch.zeros(team.units, dtype=torch.int32, device=device),
+        arrivals_ptr=None,
         UNITS=team.units,
         BLOCKS=team.blocks,
         MEMBERS=team.members,
@@ -180,6 +187,7 @@ def _in_team(team: heuristics.teams.Team, device):
         maxnreg=heuristics.teams.TEAM_REGISTERS,
     )
     if team.width > 1:
+        arguments["arrivals_ptr"] = torch.zeros(team.units, dtype=torch.int32, device=device)
         arguments["launch_cooperative_grid"] = True
     return (team.teams * team.width,), arguments
 
@@ -221,7 +229,12 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
             **(arguments | team_arguments),
         )
         return
-    channel_moments[pieces_grid](x_ptr=x, x_strides=sets.view.strides[0], **partials, **arguments)
+    channel_moments[pieces_grid](
+        x_ptr=x,
+        x_strides=sets.view.strides[0],
+        **partials,
+        **_for_moments(sets, pieces, x.element_size()),
+    )
     fold_moments[grid](
         N=sets.view.n,
         C=sets.view.c,

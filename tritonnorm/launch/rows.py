@@ -60,7 +60,7 @@ def _make_plan(
         NORM=options.norm,
         OFFSET=options.weight_offset,
         ROWS=tile.rows,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=tile.block_n // tile.chunks,
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -135,10 +135,9 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
         ALIGN=align,
         **plan.arguments,
     )
-    resident = plan.tile.block_n >= plan.view.n
     with on_device(x):
-        if resident:
-            row_forward_resident[(plan.programs,)](**operands)
+        if plan.tile.block_n >= plan.view.n:
+            row_forward_resident[(plan.programs,)](CHUNKS=plan.tile.chunks, **operands)
         elif not row_teams.forward(plan.view, operands):
             row_forward_looped[(plan.programs,)](**operands)
     if target is not y:
@@ -203,7 +202,12 @@ def row_backward(
                 c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
                 row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
             row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
-                c1_ptr=c1, c2_ptr=c2, **outputs, **shared
+                c1_ptr=c1,
+                c2_ptr=c2,
+                CHUNKS=tile.chunks,
+                maxnreg=tile.registers,
+                **outputs,
+                **shared,
             )
         dweight, dbias = fold_parameters(partials, dtypes)
     if target is not dx:
