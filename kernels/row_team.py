@@ -104,7 +104,7 @@ def row_team_forward(
         squares = tl.sum(deviation * deviation, axis=1)
         tl.store(squares_partial_ptr + rows * WIDTH + place, squares)
 
-        meet(arrivals_ptr + row, WIDTH)
+        meet(arrivals_ptr, row, WIDTH)
 
         sum_of_squares = published(squares_partial_ptr, rows, places, N, BLOCK_N)
         if NORM == "layer":
@@ -193,7 +193,7 @@ def row_team_backward(
             if NORM == "layer":
                 tl.store(c2_partial_ptr + rows * WIDTH + place, tl.sum(wdy, axis=1))
 
-            meet(arrivals_ptr + row, WIDTH)
+            meet(arrivals_ptr, row, WIDTH)
 
             c1 = tl.sum(published(c1_partial_ptr, rows, places, N, BLOCK_N), axis=1)
             c2 = tl.zeros_like(c1)

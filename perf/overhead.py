@@ -3,8 +3,9 @@
 On a GPU calls are issued and not waited for. Without one, CPU tensors take the kernels' path to a
 launcher that does nothing: what is timed is all that tritonnorm itself does before a launch. PyTorch's
 operators then compute, on tensors of a few KB, which takes about a microsecond, and launch nothing. What
-Triton's launcher adds is timed by itself, on the same launches: binding the arguments and looking up the
-compiled kernel, but not the call into CUDA behind it.
+Triton's way to launch adds is timed by itself, on the same launches: binding the arguments and looking
+up the compiled kernel, but not the call into CUDA behind it. Calls take it until they are recorded, and
+not from then on; what is timed beside PyTorch are recorded calls.
 """
 
 import gc

@@ -26,7 +26,8 @@ def either(request, monkeypatch):
     """The test runs on the kernels, and again on PyTorch's operators."""
     if request.param == "torch":
         request.getfixturevalue("no_kernel")
-        monkeypatch.setattr(tF.channels, "takes_kernel", lambda *_: False)
+        for module in (tF.channels, tF.rows):
+            monkeypatch.setattr(module, "takes_kernel", lambda *_: False)
     return request.param
 
 

@@ -16,6 +16,7 @@ from training import assert_trained_alike, losses
 
 import tritonnorm as tn
 import tritonnorm.functional as tF
+from tritonnorm.launch.common import forget_plans
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -403,6 +404,7 @@ def test_modes_of_torch_functions(name, device, monkeypatch):
     assert by_kernel.seen & CALLS.keys() == one_call
     assert ("empty_like" in by_kernel.seen) == (not one_call)
     monkeypatch.setattr(tn.dispatch, "INTERPRETED", False)
+    forget_plans()
     inputs = make("cpu")
     with by_torch:
         function(*inputs)

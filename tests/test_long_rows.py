@@ -55,7 +55,7 @@ def allow_teams(monkeypatch):
         monkeypatch.setitem(launch.common.CHOICES, index, TEAMS)
     monkeypatch.setattr(launch.row_teams, "device_facts", lambda device: facts)
     if INTERPRETED:
-        monkeypatch.setattr(row_team, "meet", lambda arrivals, count: None)
+        monkeypatch.setattr(row_team, "meet", lambda arrivals, row, count: None)
 
 
 @pytest.fixture

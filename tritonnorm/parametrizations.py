@@ -147,7 +147,7 @@ def cached_weight_norms(model):
         )
     found = [of_one for of_one in _normalized_weights(model) if _can_be_cached(*of_one[2:])]
     names, owners, vs, gs = zip(*found, strict=True) if found else ((),) * 4
-    weights = functional.weight_norms_by_name(
+    weights = functional.weights.weight_norms_by_name(
         "cached_weight_norms",
         vs,
         gs,
