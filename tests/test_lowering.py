@@ -77,7 +77,7 @@ for k in lower("sm_90", [(case, None) for case in cases], instructions=True):
 
 
 def test_issue_rate():
-    """LayerNorm on bfloat16 rows takes at most 0.10 warp instructions a byte, which is 36% of what an H100
+    """LayerNorm on bfloat16 rows takes at most 0.10 warp instructions a byte, 36% of what an H100
     issues while its memory moves a byte: a power of two, and five tiles side by side."""
     cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
