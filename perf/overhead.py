@@ -66,8 +66,8 @@ class Overhead:
     ours: Host
     torch: Host
     ratio: float  # median of the rounds'
-    launches: int | None = None  # that a call makes, and what Triton does for them; None on a GPU,
-    triton_us: float | None = None  # where they are part of `ours`, and in the interpreter
+    launches: int | None = None  # that a call makes, and what Triton's own way to make them takes; None
+    triton_us: float | None = None  # on a GPU, whose recorded calls do not go it, and in the interpreter
 
     @property
     def exceeds(self) -> bool:

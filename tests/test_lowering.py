@@ -81,15 +81,15 @@ for launches in lower("sm_90", [(case, None) for case in cases], instructions=Tr
 
 
 def test_issue_rate():
-    """LayerNorm on bfloat16 rows takes at most 60% of the 0.17 warp instructions a byte that an H100 can
-    issue with room to spare: a power of two, and five tiles side by side."""
+    """LayerNorm on bfloat16 rows takes at most 0.10 warp instructions a byte, 36% of what an H100
+    issues while its memory moves a byte: a power of two, and five tiles side by side."""
     cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ISSUE_RATE.format(cases=cases)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = [float(line) for line in output.split()]
     assert len(found) == len(cases)
-    assert max(found) <= 0.6 * 0.17
+    assert max(found) <= 0.10
 
 
 def lowered(**changes):

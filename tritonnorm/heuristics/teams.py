@@ -17,7 +17,7 @@ a quarter of what keeps an H100's memory busy, reading twice is faster (unmeasur
 
 ROW_FORWARD_SLAB = {2: 4096, 4: 4096, 8: 2048}
 """Columns, by bytes an element, that a program of a row's team holds: 16 elements a thread (float64: 8)
-as of `rows.FORWARD_ELEMENTS`, in few warps, so that several programs are on an SM."""
+in few warps, so that several programs are on an SM."""
 
 ROW_BACKWARD_SLAB = {2: 2048, 4: 2048, 8: 1024}
 """The same for the backward pass."""
