@@ -267,7 +267,7 @@ def test_a_call_depends_on_all_that_its_function_looks_at(device, monkeypatch):
 
 def test_prepared_calls_are_few(device, monkeypatch):
     """Of sizes that never come again no more than a number is kept."""
-    monkeypatch.setattr(calls, "MOST_PLANS", 3)
+    monkeypatch.setattr(calls, "MOST_CALLS", 3)
     for m in range(1, 9):
         tF.rms_norm(torch.randn(m, 4, device=device), (4,))
         assert len(calls._calls) <= 3

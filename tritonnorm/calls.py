@@ -6,12 +6,19 @@ dictionary. All others, and all that are refused, take the way through the funct
 tenth of a microsecond counts here: it is the host time of all calls.
 """
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch.autograd import forward_ad
 
-from .launch.common import MOST_PLANS, forgotten_with_plans
+from .launch.common import forgotten_with_plans
+from .watch import EAGER, pre_dispatch_modes
+
+MOST_CALLS = 1024
+"""Prepared calls, at most: with their recordings about 20 KB each."""
+
+OPTIONS = (str, int, float, bool, type(None), type, torch.dtype)
+"""Types of options that say what they are. Of a tensor the value can change."""
 
 _calls = {}
 forgotten_with_plans(lambda: _calls.clear())
@@ -27,9 +34,6 @@ def kept_in(other: dict):
     finally:
         _calls = saved
 
-
-EAGER = (torch.Tensor, torch.nn.Parameter)
-"""Types of tensors that dispatch nothing by themselves."""
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -50,6 +54,7 @@ def _key(x, weight, bias, mean, variance, options):
     if (
         type(x) not in EAGER
         or _dispatch_modes() > 0
+        or pre_dispatch_modes()
         or _is_functional()
         or _is_tracing()
         or forward_ad._current_level >= 0
@@ -73,16 +78,23 @@ def prepared(x, weight, bias, options, mean=None, variance=None):
         return None
 
 
+def _are_constant(options) -> bool:
+    """Whether options have values that do not change, and a hash."""
+    return all(
+        _are_constant(o) if isinstance(o, tuple) else any(type(o) is kind for kind in OPTIONS)
+        for o in options
+    )
+
+
 def prepare(call, x, weight, bias, options, mean=None, variance=None):
-    """Keeps a call for such tensors and options, unless something watches, or a tensor has to be looked
-    at or copied first."""
+    """Keeps a call for such tensors and options, unless something watches, a tensor has to be looked at
+    or copied first, or an option could change. Returns the call that is kept, or else this one."""
     key = _key(x, weight, bias, mean, variance, options)
-    if key is None or x.is_neg():
-        return
+    if key is None or x.is_neg() or not _are_constant(options):
+        return call
     for t in (weight, bias, mean, variance):
         if t is not None and (type(t) not in EAGER or t.is_neg() or not t.is_contiguous()):
-            return
-    if len(_calls) >= MOST_PLANS:
+            return call
+    if len(_calls) >= MOST_CALLS:
         _calls.clear()
-    with suppress(TypeError):  # an option has no hash
-        _calls[key] = call
+    return _calls.setdefault(key, call)

@@ -52,7 +52,7 @@ def is_plain(*tensors) -> bool:
     tensors in a symbolic trace: those dispatch themselves in PyTorch's operator."""
     # Here and below a loop: a generator costs as much as what it asks.
     for t in tensors:  # noqa: SIM110
-        if t is not None and type(t) not in PLAIN:
+        if t is not None and (type(t) not in PLAIN or t.is_nested):
             return False
     return True
 

@@ -3,6 +3,16 @@
 import torch
 from torch._subclasses import FakeTensor
 
+EAGER = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors that dispatch nothing by themselves."""
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def pre_dispatch_modes() -> bool:
+    """Whether a mode sees operators before autograd does, as make_fx(pre_dispatch=True) has one."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+
 
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
@@ -20,6 +30,8 @@ def is_functional() -> bool:
 def is_watched(*tensors) -> bool:
     """Whether somebody has to see the operator: a compiler, a dispatch mode, a fake tensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if pre_dispatch_modes():
         return True
     for t in tensors:  # noqa: SIM110
         if type(t) is FakeTensor:

@@ -46,6 +46,7 @@ def _backward(groups, over, eps, bias_dtype, runner, weight, needed):
 
     def backward(dy, x, weight, *statistics):
         dy = dy.resolve_neg()
+        weight, *statistics = contiguous(weight, *statistics)
         if over == "given":
             return runner.channel_apply_backward(dy, x, weight, *statistics, eps, **outputs)
         return runner.channel_backward(dy, x, weight, *statistics, groups, over, **outputs)
@@ -131,7 +132,7 @@ def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, 
         momentum, statistics = running.momentum, running[:2]
     call = ChannelCall(launch, groups, over, eps, dtype, bias, momentum)
     if not isinstance(momentum, torch.Tensor):
-        prepare(call, x, weight, bias, key, *statistics)
+        call = prepare(call, x, weight, bias, key, *statistics)
     return call(x, *contiguous(weight, bias), statistics)
 
 

@@ -1,10 +1,11 @@
 """What the derivatives of all views share."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import launch, library
 from ..launch.replay import Recorded
-from ..watch import is_watched
+from ..watch import EAGER, is_watched
 
 
 def formula_gradients(formula, dy, inputs, needed, options):
@@ -32,9 +33,14 @@ def takes_kernel(dy) -> bool:
 
 
 def is_plain(dy) -> bool:
-    """Whether a gradient has memory of its own: not one of a batch (vmap), nor all zeros."""
+    """Whether a gradient has memory of its own, and no more: it is not one of a batch (vmap), nor all
+    zeros, nor of a subclass that nobody watches for, nor may it have a tangent."""
     return torch.compiler.is_dynamo_compiling() or not (
-        _is_batched(dy) or _is_wrapped(dy) or dy._is_zerotensor()
+        _is_batched(dy)
+        or _is_wrapped(dy)
+        or dy._is_zerotensor()
+        or forward_ad._current_level >= 0
+        or (type(dy) not in EAGER and not is_watched(dy))
     )
 
 
@@ -56,8 +62,10 @@ class Backwards:
         runner = backward_runner(self.runner, dy)
         if runner is not launch:  # sizes may be symbols
             return self.make(runner, weight, needed)(dy, x, weight, *statistics)
-        # What was saved may come back with other strides than it had (saved_tensors_hooks).
-        key = dy.stride(), x.stride(), dy.is_neg(), needed
+        # What was saved may come back as another tensor than it was (saved_tensors_hooks).
+        about = x.dtype, x.stride(), x.device
+        others = weight is None or (weight.dtype, weight.is_contiguous()), statistics[-1].dtype
+        key = dy.stride(), dy.is_neg(), about, others, needed
         backward = self.made.get(key)
         if backward is None:
             backward = self.made[key] = Recorded(self.make(runner, weight, needed))

@@ -43,6 +43,7 @@ def _backward(dims, options, memory_format, bias_dtype, runner, weight, needed):
 
     def backward(dy, x, weight, mean, spread):
         dy = dy.resolve_neg()
+        weight, mean, spread = contiguous(weight, mean, spread)
         dx, *gradients = runner.row_backward(dy, x, weight, mean, spread, dims, options, **outputs)
         if dims > 1:
             gradients = (d if d is None else d.view(x.shape[-dims:]) for d in gradients)
@@ -168,5 +169,5 @@ def normalize_rows(x, weight, bias, dims, options, dtype, memory_format, *, key,
         if output_suffices(x, weight, bias, options, dtype, n):
             return RowNormFromOutput.apply(call, x, *contiguous(weight, bias))
     elif key is not None:
-        prepare(call, x, weight, bias, key)
+        call = prepare(call, x, weight, bias, key)
     return call(x, *contiguous(weight, bias))

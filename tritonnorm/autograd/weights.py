@@ -33,6 +33,7 @@ def _backward(dim, runner, _g, needed):
 
     def backward(dw, v, g, norms):
         dw = dw.resolve_neg()
+        g, norms = contiguous(g, norms)
         (dv,), (dg,) = runner.weights_backward([dw], [v], [g], [norms], [dim], *needs)
         return dv, dg
 
@@ -124,7 +125,7 @@ def normalize_weights(vs, gs, dims):
         return torch.ops.tritonnorm.weight_norms(vs, gs, library.dim_numbers(dims), False)[0]
     if len(vs) == 1:
         call = WeightCall(dims[0])
-        prepare(call, vs[0], gs[0], None, ("weight_norm", dims[0]))
+        call = prepare(call, vs[0], gs[0], None, ("weight_norm", dims[0], type(dims[0])))
         return [call(vs[0], *contiguous(*gs))]
     gs = list(contiguous(*gs))
     if needs_graph(*vs, *gs):

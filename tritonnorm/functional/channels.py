@@ -48,7 +48,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
             fit; the message names the argument.
         TypeError: num_groups is not an int, or eps not a number.
     """
-    key = "group_norm", num_groups, eps
+    key = "group_norm", num_groups, type(num_groups), eps
     call = prepared(input, weight, bias, key)
     if call is not None:
         return call(input, weight, bias)
@@ -162,7 +162,7 @@ def batch_norm(
     Nothing is updated where an error is raised.
     """
     running = (running_mean, running_var)
-    key = "batch_norm", training, momentum, eps
+    key = "batch_norm", training, type(training), momentum, eps
     y = _call_prepared(input, running, weight, bias, key)
     if y is not None:
         return y
@@ -229,7 +229,7 @@ def instance_norm(
     Nothing is updated where an error is raised.
     """
     running = (running_mean, running_var)
-    key = "instance_norm", use_input_stats, momentum, eps
+    key = "instance_norm", use_input_stats, type(use_input_stats), momentum, eps
     y = _call_prepared(input, running, weight, bias, key)
     if y is not None:
         return y

@@ -378,7 +378,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
         IndexError: dim is out of range.
     """
     if out is None:
-        call = prepared(input, None, None, ("normalize", p, dim, eps))
+        call = prepared(input, None, None, ("normalize", p, dim, type(dim), eps))
         if call is not None:
             return call(input, None, None)
     dims = (dim,) if isinstance(dim, int) else dim
@@ -399,7 +399,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
             RowOptions("l2", check_number("normalize", "eps", eps)),
             result_dtype(input),
             torch.preserve_format,
-            key=("normalize", p, dim, eps) if dims in (last, (input.dim() - 1,)) else None,
+            key=("normalize", p, dim, type(dim), eps) if dims in (last, (input.dim() - 1,)) else None,
         )
         return y.movedim(last, dims)
     return F.normalize(input, p, dim, eps, out)

@@ -35,7 +35,7 @@ def weight_norm(v, g, dim=0):
         IndexError: dim is out of range.
         TypeError: v or g is no tensor, or dim neither an int nor None.
     """
-    call = prepared(v, g, None, ("weight_norm", dim))
+    call = prepared(v, g, None, ("weight_norm", dim, type(dim)))
     if call is not None:
         return call(v, g)
     return weight_norms_by_name("weight_norm", [v], [g], [dim], ["v"], ["g"])[0]

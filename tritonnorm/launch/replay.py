@@ -238,6 +238,8 @@ class _Writer:
             self.namespace["current_stream"] = torch._C._cuda_getCurrentRawStream
             self.lines.append(f"stream = current_stream({device.index})")
             stream = "stream"
+        # Triton unloads a kernel that nobody holds.
+        self.namespace["kernels"] = [launch.compiled for launch in launches]
         for launch, (run, grid, handles) in zip(launches, bound, strict=True):
             values = [launch.arguments.get(*default) for default in launch.kernel.defaults.items()]
             before = [*map(str, grid), stream, *map(self._constant, handles)]
