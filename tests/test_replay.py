@@ -4,6 +4,9 @@ import ctypes
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from triton import knobs
 from triton.runtime.jit import KernelInterface
 
@@ -305,3 +308,92 @@ def test_a_bias_may_change_before_the_backward_pass(device):
 
 def group(x, bias):
     return tF.group_norm(x, 3, None, bias)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_option_that_can_change_is_no_key(training, device):
+    """A tensor as eps is looked at in every call, and none of them is kept."""
+    x, running = torch.randn(4, 3, 5, device=device), stats(torch.zeros(1, 3, device=device))
+    eps = torch.tensor(1e-5)
+    for value in (1e-5, 1e-5, 1e-5, 1e-5, 10.0):
+        eps.fill_(value)
+        y = tF.batch_norm(x, *running, training=training, eps=eps)
+        exact = torch.nn.functional.batch_norm(x, *stats(x), training=training, eps=value)
+        torch.testing.assert_close(y, exact)
+    assert not calls._calls
+
+
+def test_equal_options_of_other_types_are_refused_again(device):
+    """1 equals True, and 2.0 equals 2, but they are no bool and no int."""
+    x, running = torch.randn(4, 6, 5, device=device), stats(torch.zeros(1, 6, device=device))
+    for _ in range(CALLS):
+        tF.batch_norm(x, *running, training=True)
+        tF.group_norm(x, 2)
+    with pytest.raises(TypeError, match="training must be a bool"):
+        tF.batch_norm(x, *running, training=1)
+    with pytest.raises(TypeError, match="num_groups must be an int"):
+        tF.group_norm(x, 2.0)
+
+
+@pytest.mark.parametrize("unpack", [torch.Tensor.bfloat16, lambda t: torch.stack((t, t), -1)[..., 0]])
+def test_what_was_saved_may_come_back_otherwise(unpack, device, monkeypatch):
+    """Of another dtype, or with other strides: the recorded launches are for neither."""
+    if not ON_GPU:
+        monkeypatch.setattr(replay, "bind", bind_interpreted)
+
+    def gradients(x, weight):
+        return torch.autograd.grad(tF.layer_norm(x, (6,), weight).square().sum(), (x, weight))
+
+    x, weight = torch.randn(4, 6, device=device), torch.randn(6, device=device)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        expected = gradients(x, weight)
+    forget_plans()
+    for _ in range(CALLS):
+        gradients(x, weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        found = gradients(x, weight)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_with_a_tangent_takes_the_formula(device):
+    x = torch.randn(4, 6, device=device, requires_grad=True)
+    for _ in range(CALLS):
+        y = tF.layer_norm(x, (6,))
+        with forward_ad.dual_level():
+            dy = forward_ad.make_dual(torch.ones_like(y), torch.randn_like(y))
+            (dx,) = torch.autograd.grad(y, x, dy)
+            tangent = forward_ad.unpack_dual(dx).tangent
+        assert tangent is not None
+        assert tangent.abs().max() > 0
+
+
+def test_a_gradient_of_a_subclass_takes_the_formula(device):
+    """Here one of two tensors, which has no memory of its own."""
+    x = torch.randn(4, 6, device=device, requires_grad=True)
+    for _ in range(CALLS):
+        y = tF.layer_norm(x, (6,))
+        dy = torch.randn(4, 6, device=device)
+        (exact,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        (dx,) = torch.autograd.grad(y, x, TwoTensor(dy, dy))
+        torch.testing.assert_close(dx.a if isinstance(dx, TwoTensor) else dx, exact)
+
+
+def test_nested_tensors_take_torch(device):
+    rows = torch.nested.nested_tensor([torch.randn(n, 6, device=device) for n in (2, 3)])
+    weight, bias = torch.randn(2, 6, device=device)
+    found = tF.layer_norm(rows, (6,), weight, bias).unbind()
+    exact = torch.nn.functional.layer_norm(rows, (6,), weight, bias).unbind()
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_traces_before_dispatch_see_the_operator(device):
+    """Also of a call that was prepared."""
+    x, weight = torch.randn(4, 6, device=device), torch.randn(6, device=device)
+    for _ in range(CALLS):
+        tF.layer_norm(x, (6,), weight)
+    traced = make_fx(lambda x, w: tF.layer_norm(x, (6,), w), pre_dispatch=True)(x, weight)
+    assert any("row_norm" in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(x, weight), tF.layer_norm(x, (6,), weight))
