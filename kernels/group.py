@@ -11,7 +11,7 @@ import triton.language as tl
 from .channel import known_to_divide, load_channels, load_tile, set_numbers, store_tile, tile_mask
 from .fold import update_running
 from .names import kernel
-from .primitives import compute_dtype, input_gradient, inverse_deviation, times
+from .primitives import centers_twice, compute_dtype, input_gradient, inverse_deviation, times
 
 
 @triton.jit
@@ -80,8 +80,7 @@ def group_forward(
     x = load_tile(x_ptr, image, channels, positions, mask, x_strides, ADJACENT, ALIGN)
 
     mean, deviation = center_groups(x, mask, inverse_count, CG, GROUPS)
-    if x_ptr.dtype.element_ty.primitive_bitwidth >= 32:
-        # As in row.py: what the mean's own rounding leaves.
+    if centers_twice(x_ptr.dtype.element_ty, CG * BLOCK_S):
         rest, deviation = center_groups(deviation, mask, inverse_count, CG, GROUPS)
         mean += rest
     squares = over_groups(tl.sum(deviation * deviation, axis=1), CG, GROUPS)

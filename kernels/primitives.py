@@ -17,6 +17,15 @@ def bytes_of(dtype, count):
 
 
 @triton.constexpr_function
+def centers_twice(dtype, count):
+    """Whether the mean of `count` elements of `dtype` is taken again of what they deviate from it: its
+    own rounding is all that is left of the error at a large mean. Elements of 16 bits are coarser than
+    that, as long as the 24 bits of a float32 sum hold that of equal ones."""
+    digits = 11 if dtype == tl.float16 else 8
+    return dtype.primitive_bitwidth >= 32 or count > 2 ** (24 - digits)
+
+
+@triton.constexpr_function
 def divides(a, b):
     return b % a == 0
 

@@ -10,6 +10,7 @@ from .names import kernel
 from .primitives import (
     affine,
     center,
+    centers_twice,
     compute_dtype,
     divide,
     gradient_means,
@@ -65,9 +66,7 @@ def row_forward_resident(
     deviations = xs
     if NORM == "layer":
         mean, deviations = center(xs, masks, N)
-        if x_ptr.dtype.element_ty.primitive_bitwidth >= 32:
-            # The mean's own rounding is all that is left of the error at a large mean. Inputs of
-            # 16 bits are coarser than it.
+        if centers_twice(x_ptr.dtype.element_ty, N):
             rest, deviations = center(deviations, masks, N)
             mean += rest
         if mean_ptr is not None:

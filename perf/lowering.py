@@ -41,7 +41,7 @@ CLUSTER_ODD_SIZES = (20000, 20001)
 ODD_SIZES = (48, 768, 1000, 3072, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
 
-NARROW_SIZES = (127, 1001, 5124)
+NARROW_SIZES = (127, 1001, 5121, 5124)
 """Rows that no wide access reaches, as several tiles or one."""
 
 GROUPS = 32

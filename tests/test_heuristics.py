@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from tritonnorm.heuristics import channels as channel_choices
-from tritonnorm.heuristics import common, rows, weights
+from tritonnorm.heuristics import common, rows, table, weights
 
 ITEM_SIZES = (2, 4, 8)
 LENGTHS = [*range(1, 70), 96, 127, 1000, 1023, 4097, 5120]
@@ -82,6 +82,17 @@ def test_who_has_clusters():
     assert largest((9, 0), (3, 9), processors=78) == rows.PORTABLE_CLUSTER
     assert largest((8, 0), (3, 9)) == largest((9, 0), (3, 7)) == 1
     assert rows.largest_cluster(None, (3, 9)) == 1
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_length_has_a_tile_that_can_be_launched(direction, itemsize):
+    """Chunks that hold the row, none of them empty, and no more registers than there are."""
+    name = f"row_{direction}"
+    for n in range(1, 17000):
+        tile = getattr(rows, name)(n, itemsize, False)
+        arguments = dict(n=n, itemsize=itemsize, strided=False, cluster=1)
+        assert table.flaw(name, arguments, tile) is None, (n, tile)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

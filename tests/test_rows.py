@@ -127,6 +127,14 @@ def test_zero_variance(dtype, device):
     assert dx.isfinite().all()
 
 
+@pytest.mark.parametrize(("n", "value"), [(12289, 65504.0), (16383, 2047.0)])
+def test_long_rows_of_one_value_in_float16(n, value, device):
+    """Their sum has more digits than float32, whose rounding would be all that is left."""
+    x = torch.full((2, n), value, dtype=torch.float16, device=device)
+    assert not tF.layer_norm(x, (n,)).any()
+    assert not tF.group_norm(x.view(2, 1, n), 1).any()
+
+
 @every_operator
 @pytest.mark.parametrize("n", [8, 96, 20000], ids=["resident", "chunks", "looped"])
 def test_special_values(operator, n, device):

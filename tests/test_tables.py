@@ -130,6 +130,12 @@ GROUP = {"groups": 16, "block_c": 32, "block_s": 64, "num_warps": 4, "registers"
         (entry("row_forward", ROWS | {"n": 96.0}, TILE), "n cannot be 96.0"),
         (entry("row_forward", ROWS | {"itemsize": 3}, TILE), "itemsize cannot be 3"),
         (entry("row_forward", ROWS | {"strided": 0}, TILE), "strided cannot be 0"),
+        (entry("row_forward", ROWS, TILE | {"chunks": 4, "num_warps": 1}), "no chunk is empty"),
+        (entry("row_forward", ROWS, TILE | {"num_ctas": 2}), "a cluster has 1 blocks at most"),
+        (
+            entry("channel_forward", PIECES | {"s": 96}, PIECE | {"block_s": 4, "steps": 1}),
+            "a piece ends where an access does",
+        ),
         (entry("row_forward", ROWS, None), "None is no RowTile"),
         (entry("row_forward", ROWS, {"rows": 1, "block_n": 128}), "TypeError: .*num_warps"),
         (entry("row_forward", ROWS, TILE | {"stages": 2}), "TypeError: .*stages"),

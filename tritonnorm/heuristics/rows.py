@@ -6,6 +6,7 @@ from math import ceil
 from . import common
 from .common import (
     MIN_WARPS,
+    SM_REGISTERS,
     WARP,
     WORD_BYTES,
     DeviceFacts,
@@ -27,7 +28,8 @@ registers. Half as many of bfloat16 have as many bytes in flight, and take 30% m
 (unmeasured)."""
 
 NARROW_BACKWARD_ELEMENTS = 8
-"""The same for short rows of any width whose accesses are narrow: each has an address of its own."""
+"""The same for rows of any dtype whose accesses are narrow, if they are short or long: each access has
+an address of its own, and twice as many spill."""
 
 FORWARD_CHUNKS = {2: (1, 3, 5), 4: (1, 3, 5), 8: (1,)}
 """Tiles side by side that may hold a row, a word of each a thread: 5,120 columns are 5 times 1,024,
@@ -186,9 +188,16 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
     if n > limit:
         held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
         return held or RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
-    counts = BACKWARD_CHUNKS[itemsize] if n > LEAST_BACKWARD_CHUNKS // itemsize else (1,)
-    tile = _resident(n, itemsize, BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS, counts)
-    return replace(tile, registers=CHUNK_REGISTERS) if tile.chunks > 1 else tile
+    a_thread, narrow = BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS
+    if n <= LEAST_BACKWARD_CHUNKS // itemsize:
+        return _resident(n, itemsize, a_thread, narrow, (1,))
+    if (n & -n) * itemsize * 2 >= WORD_BYTES:
+        tile = _resident(n, itemsize, a_thread, narrow, BACKWARD_CHUNKS[itemsize])
+        if tile.chunks == 1:
+            return tile
+        if tile.num_warps * WARP * CHUNK_REGISTERS <= SM_REGISTERS:
+            return replace(tile, registers=CHUNK_REGISTERS)
+    return _resident(n, itemsize, narrow, narrow, (1,))
 
 
 def row_programs(n: int, itemsize: int, strided: bool) -> int:

@@ -16,6 +16,7 @@ from importlib.resources import files
 from inspect import signature
 from typing import Any, NamedTuple
 
+from ..views import LARGEST_ALIGNMENT
 from .channels import (
     GroupTile,
     Pieces,
@@ -85,11 +86,15 @@ def _registers_flaw(num_warps: int, registers: int | None) -> str | None:
     return None
 
 
-def _row_flaw(tile: RowTile, n: int, **_) -> str | None:
+def _row_flaw(tile: RowTile, n: int, cluster: int, strided: bool, **_) -> str | None:
     if tile.block_n > power_of_two(n):
         return f"a row has {n} elements"
     if tile.chunks < 1 or tile.block_n % tile.chunks or (tile.chunks > 1 and tile.block_n < n):
         return "chunks are tiles of one width, which hold a row"
+    if tile.chunks > 1 and (tile.chunks - 1) * tile.block_n // tile.chunks >= n:
+        return "no chunk is empty"
+    if tile.num_ctas > cluster or (tile.num_ctas > 1 and (tile.block_n < n or strided)):
+        return f"a cluster has {cluster} blocks at most, and holds rows of adjacent elements"
     sizes = tile.rows, tile.block_n // tile.chunks, tile.num_ctas
     elements = tile.rows * tile.block_n
     return _tile_flaw(elements, tile.num_warps, *sizes) or _registers_flaw(
@@ -112,13 +117,18 @@ def _group_flaw(tile: GroupTile | None, cg: int, groups: int, s: int, **_) -> st
     return _tile_flaw(elements, tile.num_warps) or _registers_flaw(tile.num_warps, tile.registers)
 
 
-def _pieces_flaw(pieces: Pieces, n: int, c: int, s: int, over_batch: bool, **_) -> str | None:
+def _pieces_flaw(
+    pieces: Pieces, n: int, c: int, s: int, over_batch: bool, adjacent: str | None, **_
+) -> str | None:
     if not over_batch and (n, pieces.images) != (1, 1):
         return "images that do not share statistics decide nothing: n and images are 1"
     if pieces.images < 1 or pieces.steps < 1:
         return "a piece is not empty"
     if pieces.block_c > power_of_two(c) or (pieces.steps - 1) * pieces.block_s >= s:
         return f"there are {c} channels of {s} elements"
+    positions = pieces.steps * pieces.block_s
+    if adjacent == "s" and positions < s and positions % min(s & -s, LARGEST_ALIGNMENT):
+        return "a piece ends where an access does"
     sizes, elements = (pieces.block_c, pieces.block_s), pieces.block_c * pieces.block_s
     return _tile_flaw(elements, pieces.num_warps, *sizes) or _registers_flaw(
         pieces.num_warps, pieces.registers

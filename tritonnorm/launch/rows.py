@@ -62,6 +62,7 @@ def _make_plan(
         ROWS=tile.rows,
         BLOCK_N=tile.block_n // tile.chunks,
         num_warps=tile.num_warps,
+        maxnreg=tile.registers,
         **FP_FUSION,
     )
     if tile.num_ctas > 1:
@@ -205,7 +206,6 @@ def row_backward(
                 c1_ptr=c1,
                 c2_ptr=c2,
                 CHUNKS=tile.chunks,
-                maxnreg=tile.registers,
                 **outputs,
                 **shared,
             )
