@@ -53,7 +53,7 @@ def test_floor_of_row_teams(direction, monkeypatch):
     def unguarded(kernel, grid, arguments):
         kernel.kernel[grid](**arguments)  # what others publish is no race
 
-    monkeypatch.setattr(row_team, "meet", lambda arrivals, count: None)
+    monkeypatch.setattr(row_team, "meet", lambda arrivals, row, count: None)
     with launches.observe(unguarded):
         moved = traffic.measure(Case("layer_norm", direction, (2, 20000), "bf16"), "team")
     assert moved.partials

@@ -18,12 +18,12 @@ from .common import (
 )
 
 FORWARD_ELEMENTS = {2: 32, 4: 16, 8: 16}
-"""Elements a thread holds in the forward pass, by bytes an element: four 16-byte loads in flight, at 56
+"""Elements a thread holds in the forward pass, by bytes an element: four 16-byte loads in flight, at 48
 to 66 registers. Half as many of bfloat16 have a quarter fewer bytes in flight an SM, and take a quarter
 more instructions a byte (unmeasured)."""
 
 BACKWARD_ELEMENTS = {2: 16, 4: 8, 8: 8}
-"""The same for the backward pass, where x, dy, weight, dweight and dbias are all held: 64 to 100
+"""The same for the backward pass, where x, dy, weight, dweight and dbias are all held: 64 to 125
 registers. Half as many of bfloat16 have as many bytes in flight, and take 30% more instructions
 (unmeasured)."""
 
