@@ -9,9 +9,9 @@ from tritonnorm.heuristics.channels import GroupTile, Pieces
 from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two, registers
 
 STEPS = (0.5, 2)
-"""The numbers that are varied are powers of two, and their neighbours half and twice of them; no further,
-since what is two steps away has four times as many registers a thread, or a quarter of the loads in
-flight. Clusters and chunks stay as they are."""
+"""The numbers that are varied are powers of two, and their neighbours half and twice of them; no
+further, since what is two steps away has four times as many registers a thread, or a quarter of the
+loads in flight. Clusters and chunks stay as they are."""
 
 BOTH = (
     *((step, 1) for step in STEPS),
