@@ -5,13 +5,17 @@ WORKERS ?= auto
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gate gpu lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m perf demo
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+gate: $(STAMP)
+	$(VENV)/bin/python -m perf lowering --all --gate
+	$(VENV)/bin/python -m perf traffic --gate
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m perf gpu

@@ -1,5 +1,7 @@
 """Bytes moved, counted in the interpreter, against the floor."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import INTERPRETED
 
@@ -170,3 +172,18 @@ def test_partials_stay_small(n):
         2 * partial <= heuristics.common.PARTIAL_SHARE * 3 * m * n * itemsize
         or partial <= heuristics.common.PARTIAL_BYTES
     )
+
+
+def test_the_gate_wants_bytes_explained():
+    """A second read is listed; a third one, a second write, and bytes of nothing are not let through."""
+    moved = traffic.measure(Case("rms_norm", "forward", (4, 20000), "bf16"))
+    assert moved.reread
+    assert not moved.violations
+
+    def but(**times):
+        touched = {name: int(size * times.get(name, 1)) for name, size in moved.touched.items()}
+        return replace(moved, touched=touched).violations
+
+    assert but(x=1.5) == ["x: 3.00 times"]
+    assert but(y=2) == ["y: 2.00 times"]
+    assert "are explained" in but(spread=1000)[-1]
