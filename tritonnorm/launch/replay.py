@@ -164,6 +164,8 @@ class _Writer:
         return self.namespace["replay"]
 
     def _constant(self, value) -> str:
+        if value is None or type(value) in (int, bool, str):
+            return repr(value)
         name = f"c{next(self.numbers)}"
         self.namespace[name] = value
         return name
