@@ -101,6 +101,10 @@ STRIDED_FORWARD_TILE = {2: 16384, 4: 16384, 8: 4096}
 STRIDED_BACKWARD_TILE = {2: 4096, 4: 4096, 8: 2048}
 """The same for the backward pass: twice that spills."""
 
+SPLIT_REGISTERS = {4: 128}
+"""Registers a thread, at most, of the split backward pass over strided rows, by bytes an element: left
+alone the assembler takes 80 of float32, and spills two of them on sm_100."""
+
 
 def largest_cluster(device: DeviceFacts | None, triton_version: tuple[int, int]) -> int:
     """Blocks of the largest cluster that the device takes and Triton compiles; 1 where there is none."""
@@ -183,7 +187,8 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
     `largest_cluster`."""
     if strided:
         a_thread, most = STRIDED_BACKWARD_ELEMENTS[itemsize], STRIDED_BACKWARD_TILE[itemsize]
-        return _strided(n, itemsize, a_thread, most)
+        tile = _strided(n, itemsize, a_thread, most)
+        return replace(tile, registers=SPLIT_REGISTERS.get(itemsize)) if tile.block_n < n else tile
     limit = BACKWARD_RESIDENT[itemsize]
     if n > limit:
         held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
