@@ -242,6 +242,29 @@ def recovered(y, weight_ptr, bias_ptr, cols, mask, N: tl.constexpr, OFFSET: tl.c
 
 
 @triton.jit
+def saved_x_hat(
+    x,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd,
+    rows,
+    cols,
+    mask,
+    M,
+    N: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SAVED: tl.constexpr,
+):
+    """x_hat of a tile of what the forward pass kept: of x, or with SAVED "y" of its output."""
+    if SAVED == "y":
+        x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
+    else:
+        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+    return x_hat
+
+
+@triton.jit
 def gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N: tl.constexpr, NORM: tl.constexpr):
     """c1 = mean(wdy * x_hat) and c2 = mean(wdy), as the normalization has them: RMSNorm's c2 is zero;
     for "l2", c1 is the sum, and zero where eps took the norm's place."""

@@ -17,12 +17,11 @@ from .primitives import (
     input_gradient,
     load_parameter,
     load_tile,
-    normalized,
     plus,
     products,
-    recovered,
     row_spread,
     row_sum,
+    saved_x_hat,
     scale,
     store_tile,
     tile_mask,
@@ -191,10 +190,9 @@ def row_gradient_means(
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N, OFFSET)
-        if SAVED == "y":
-            x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
-        else:
-            x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+        x_hat = saved_x_hat(
+            x, weight_ptr, bias_ptr, mean_ptr, rstd, rows, cols, mask, M, N, OFFSET, SAVED
+        )
         wdy_x_hat += wdy * x_hat
         wdy_sum += wdy
 
@@ -262,11 +260,23 @@ def row_backward(
         rstd = scale(spread, eps, NORM)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            if SAVED == "y":
-                cols = i * BLOCK_N + lanes
-                x_hats += (recovered(xs[i], weight_ptr, bias_ptr, cols, masks[i], N, OFFSET),)
-            else:
-                x_hats += (normalized(xs[i], mean_ptr, rstd, rows, masks[i], M),)
+            cols = i * BLOCK_N + lanes
+            x_hats += (
+                saved_x_hat(
+                    xs[i],
+                    weight_ptr,
+                    bias_ptr,
+                    mean_ptr,
+                    rstd,
+                    rows,
+                    cols,
+                    masks[i],
+                    M,
+                    N,
+                    OFFSET,
+                    SAVED,
+                ),
+            )
 
         if dweight_partial_ptr is not None:
             dweights = plus(dweights, products(dys, x_hats))

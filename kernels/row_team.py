@@ -17,9 +17,8 @@ from .primitives import (
     input_gradient,
     load_parameter,
     load_tile,
-    normalized,
-    recovered,
     row_spread,
+    saved_x_hat,
     scale,
     store_tile,
     tile_mask,
@@ -177,10 +176,9 @@ def row_team_backward(
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
             spread = tl.load(spread_ptr + rows)
             rstd = scale(spread, eps, NORM)
-            if SAVED == "y":
-                x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
-            else:
-                x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+            x_hat = saved_x_hat(
+                x, weight_ptr, bias_ptr, mean_ptr, rstd, rows, cols, mask, M, N, OFFSET, SAVED
+            )
             if dweight_partial_ptr is not None:
                 dweight += dy * x_hat
             if dbias_partial_ptr is not None:
