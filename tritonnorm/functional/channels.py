@@ -92,6 +92,16 @@ def _call_prepared(input, running, weight, bias, key):
     return call(input, weight, bias, running)
 
 
+def _check_statistics(name, flag, uses_input, input, running, weight, bias, momentum, eps):
+    """What batch and instance normalization check alike; momentum and eps. `flag` is the argument
+    `uses_input`, by which they take the statistics of the input."""
+    mean, variance = running
+    check_bool(name, flag, uses_input)
+    check_channels(name, input, running_mean=mean, running_var=variance, weight=weight, bias=bias)
+    check_running(name, mean, variance, flag, given=not uses_input)
+    return check_momentum(name, momentum), check_number(name, "eps", eps)
+
+
 def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, momentum, eps, key):
     """`torch_norm`, F.batch_norm or F.instance_norm, on the kernels where they can.
 
@@ -168,17 +178,9 @@ def batch_norm(
         return y
     if not is_plain(input, running_mean, running_var, weight, bias):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    parameters = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    check_bool("batch_norm", "training", training)
-    check_channels("batch_norm", input, **parameters)
-    check_running("batch_norm", running_mean, running_var, "training", given=not training)
-    momentum = check_momentum("batch_norm", momentum)
-    eps = check_number("batch_norm", "eps", eps)
+    momentum, eps = _check_statistics(
+        "batch_norm", "training", training, input, running, weight, bias, momentum, eps
+    )
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: eps must be positive, or zero in evaluation, but is {eps}")
     if training and input.shape[0] * prod(input.shape[2:]) == 1:
@@ -237,19 +239,10 @@ def instance_norm(
         return F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
-    parameters = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    check_bool("instance_norm", "use_input_stats", use_input_stats)
-    check_channels("instance_norm", input, **parameters)
-    check_running(
-        "instance_norm", running_mean, running_var, "use_input_stats", given=not use_input_stats
+    momentum, eps = _check_statistics(
+        *("instance_norm", "use_input_stats", use_input_stats),
+        *(input, running, weight, bias, momentum, eps),
     )
-    momentum = check_momentum("instance_norm", momentum)
-    eps = check_number("instance_norm", "eps", eps)
     if use_input_stats and prod(input.shape[2:]) == 1:
         raise ValueError(
             f"instance_norm: input of shape {list(input.shape)} has one spatial position, and "
