@@ -70,8 +70,14 @@ def results(name, leaves, dy):
 def replayed(call):
     """Whether a prepared call is made from recordings, in training and backward."""
     assert call.with_statistics.run.__name__ == "replay"
-    (backward,) = call.backwards.made.values()
+    (made,) = call.backwards.made.values()
+    ((_, backward),) = made
     return backward.run.__name__ == "replay"
+
+
+def kept_calls():
+    """The calls that are kept, in the order of their use."""
+    return [compute.__self__ for kept in calls._calls.values() for _, compute, _ in reversed(kept)]
 
 
 def from_address(address, like):
@@ -113,7 +119,7 @@ def test_replays_have_the_bits_of_calls(name, form, device, monkeypatch):
         for found, right in zip(results(name, leaves, dy), exact, strict=True):
             assert found.stride() == right.stride()
             assert torch.equal(found, right)
-    (call,) = calls._calls.values()
+    (call,) = kept_calls()
     assert replayed(call)
     with torch.no_grad():
         for leaves, _ in given:
@@ -199,7 +205,7 @@ def test_a_profiler_sees_every_launch(device):
     x = torch.randn(4, 16, device=device)
     for _ in range(CALLS):
         tF.rms_norm(x, (16,))
-    (call,) = calls._calls.values()
+    (call,) = kept_calls()
     assert call.without_statistics.run.__name__ == "replay"
     called, function = [], call.without_statistics.function
     call.without_statistics.run.__globals__["function"] = lambda *t: called.append(1) or function(*t)
@@ -274,6 +280,53 @@ def test_prepared_calls_are_few(device, monkeypatch):
     for m in range(1, 9):
         tF.rms_norm(torch.randn(m, 4, device=device), (4,))
         assert len(calls._calls) <= 3
+
+
+def test_looks_are_few(device, monkeypatch):
+    """Of one size that comes in ever other strides no more than a number is kept."""
+    monkeypatch.setattr(calls, "MOST_LOOKS", 2)
+    for step in range(1, 6):
+        tF.rms_norm(torch.randn(3, 4 * step, device=device)[:, :4], (4,))
+    (kept,) = calls._calls.values()
+    assert len(kept) == 2
+
+
+def test_one_tensor_as_weight_and_bias_is_not_kept(device):
+    """It could not be told apart; the call takes its function's own way each time."""
+    x, weight = torch.randn(3, 4, device=device), torch.randn(4, device=device)
+    for _ in range(CALLS):
+        y = tF.layer_norm(x, (4,), weight, weight)
+        torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (4,), weight, weight))
+    assert not calls._calls
+
+
+def test_calls_are_right_where_none_is_kept(device, monkeypatch):
+    """In a PyTorch that does not say what tensors look like."""
+    monkeypatch.setattr(calls, "TensorGuards", None)
+    leaves, dy = tensors("layer_norm", device)
+    exact = torch.autograd.grad(torch.nn.functional.layer_norm(leaves[0], (6,), *leaves[1:]), leaves, dy)
+    for _ in range(CALLS):
+        for found, right in zip(results("layer_norm", leaves, dy)[1:], exact, strict=True):
+            torch.testing.assert_close(found, right)
+    assert not calls._calls
+
+
+def test_refused_statistics_are_refused_again(device):
+    """What was prepared without statistics is not for one of them, nor for some that wait for a
+    gradient."""
+    x, (mean, var) = torch.randn(4, 3, 5, device=device), stats(torch.zeros(1, 3, device=device))
+    for _ in range(CALLS):
+        tF.batch_norm(x, None, None, training=True)
+        tF.batch_norm(x, mean, var, training=True)
+    for one in ((mean, None), (None, var)):
+        with pytest.raises(ValueError, match="must both be given"):
+            tF.batch_norm(x, *one, training=True)
+    mean.requires_grad_()
+    with torch.no_grad():
+        for _ in range(CALLS):
+            tF.batch_norm(x, mean, var)
+    with pytest.raises(RuntimeError, match="running_mean cannot require a gradient"):
+        tF.batch_norm(x, mean, var)
 
 
 def test_a_tensor_that_has_left_its_transform(device):

@@ -1,9 +1,9 @@
 """Calls that are prepared once: what a function of `functional` decides about tensors of given sizes,
 strides and dtypes is kept, and asked for by what these tensors look like.
 
-On plain tensors, where nothing watches, compiles or transforms, a call is then one look into a
-dictionary. All others, and all that are refused, take the way through the function's checks. Every
-tenth of a microsecond counts here: it is the host time of all calls.
+On plain tensors, where nothing watches, compiles or transforms, a call is then one look at its tensors.
+All others, and all that are refused, take the way through the function's checks. Every tenth of a
+microsecond counts here: it is the host time of all calls.
 """
 
 from contextlib import contextmanager
@@ -14,11 +14,31 @@ from torch.autograd import forward_ad
 from .launch.common import forgotten_with_plans
 from .watch import EAGER, pre_dispatch_modes
 
+try:
+    # What torch.compile asks of tensors before it runs what it compiled for such, in one call: type,
+    # dtype, device, sizes, strides, whether they require a gradient, and what decides the dispatch of
+    # operators in this thread: transforms, tracers, autocast on the tensors' device. It overlooks some
+    # dispatch modes, and forward-mode AD: `is_observed` asks for these.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # nothing is prepared
+    TensorGuards = None
+
 MOST_CALLS = 1024
 """Prepared calls, at most: with their recordings about 20 KB each."""
 
+MOST_LOOKS = 16
+"""Prepared calls of one function with the same options and sizes, at most."""
+
 OPTIONS = (str, int, float, bool, type(None), type, torch.dtype)
 """Types of options that say what they are. Of a tensor the value can change."""
+
+
+class _Absent(torch.Tensor):
+    """The type of what is looked at in the place of None: one for each of a call's parameters, since no
+    tensor may be looked at twice."""
+
+
+WEIGHT, BIAS, MEAN, VARIANCE = ABSENT = [torch.empty(0).as_subclass(_Absent) for _ in range(4)]
 
 _calls = {}
 forgotten_with_plans(lambda: _calls.clear())
@@ -37,45 +57,65 @@ def kept_in(other: dict):
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_functional = torch._C._are_functorch_transforms_active
-_is_tracing = torch._C._is_tracing
-_is_autocast = torch.is_autocast_enabled  # on CUDA
+_is_grad_enabled = torch.is_grad_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def _look(t):
-    """What a call depends on of a tensor beside its input."""
-    if t is None:
+def is_observed() -> bool:
+    """Whether somebody has to see a call who does not show in how its tensors look."""
+    return _is_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0
+
+
+def _is_ordinary(*tensors) -> bool:
+    """Whether these are tensors of which calls are kept: plain ones, while no dispatch mode, transform
+    or tracer has to see the call."""
+    return (
+        TensorGuards is not None
+        and not is_observed()
+        and not pre_dispatch_modes()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and all(type(t) in EAGER and not t.is_neg() and not _is_wrapped(t) for t in tensors)
+    )
+
+
+def looks_like(*tensors):
+    """A function of as many tensors: whether they, and what dispatches operators, look like these, now.
+    None where calls are not to be kept, or a tensor is there twice."""
+    if len({id(t) for t in tensors}) < len(tensors):
         return None
-    return type(t) in EAGER, t.dtype, t.shape, t.is_contiguous(), t.device, t.is_neg()
-
-
-def _key(x, weight, bias, mean, variance, options):
-    """What a call depends on; None where a dispatch mode, a transform or a tracer has to see it."""
-    if (
-        type(x) not in EAGER
-        or _dispatch_modes() > 0
-        or pre_dispatch_modes()
-        or _is_functional()
-        or _is_tracing()
-        or forward_ad._current_level >= 0
-    ):
+    if not _is_ordinary(*(t for t in tensors if type(t) is not _Absent)):
         return None
-    about = x.dtype, x.shape, x.stride(), x.device, x.is_neg()
-    parameters = _look(weight), _look(bias), _look(mean), _look(variance)
-    return about, parameters, _is_autocast(), options
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def prepared(x, weight, bias, options, mean=None, variance=None):
-    """The call that was prepared for such tensors and options, the name of the function first; or None.
+    """What was prepared for such tensors and options, the name of the function first: a function of the
+    tensors; or None.
 
     Whatever is wrong with an argument is for the function to say.
     """
-    if _is_compiling():
+    if is_observed() or type(x) not in EAGER:
         return None
     try:
-        return _calls.get(_key(x, weight, bias, mean, variance, options))
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
+        kept = _calls.get((x.shape, options))
+    except (RuntimeError, TypeError):  # no sizes, no hash
         return None
+    if kept is None:
+        return None
+    if weight is None:
+        weight = WEIGHT
+    if bias is None:
+        bias = BIAS
+    if mean is None:
+        mean = MEAN
+    if variance is None:
+        variance = VARIANCE
+    for looks, compute, differentiable in kept:
+        if looks(x, weight, bias, mean, variance):
+            return differentiable if differentiable is not None and _is_grad_enabled() else compute
+    return None
 
 
 def _are_constant(options) -> bool:
@@ -88,13 +128,22 @@ def _are_constant(options) -> bool:
 
 def prepare(call, x, weight, bias, options, mean=None, variance=None):
     """Keeps a call for such tensors and options, unless something watches, a tensor has to be looked at
-    or copied first, or an option could change. Returns the call that is kept, or else this one."""
-    key = _key(x, weight, bias, mean, variance, options)
-    if key is None or x.is_neg() or not _are_constant(options):
-        return call
-    for t in (weight, bias, mean, variance):
-        if t is not None and (type(t) not in EAGER or t.is_neg() or not t.is_contiguous()):
-            return call
+    or copied first, or an option could change.
+
+    Args:
+        call: has functions `compute` and `differentiable` of the tensors.
+    """
+    given = weight, bias, mean, variance
+    tensors = x, *(no if t is None else t for t, no in zip(given, ABSENT, strict=True))
+    constant = not any(t.requires_grad for t in tensors[3:])
+    if not (constant and _are_constant(options) and all(t.is_contiguous() for t in tensors[1:])):
+        return
+    looks = looks_like(*tensors)
+    if looks is None:
+        return
     if len(_calls) >= MOST_CALLS:
         _calls.clear()
-    return _calls.setdefault(key, call)
+    kept = _calls.setdefault((x.shape, options), [])
+    needs_graph = any(t.requires_grad for t in tensors)
+    kept.insert(0, (looks, call.compute, call.differentiable if needs_graph else None))
+    del kept[MOST_LOOKS:]

@@ -11,13 +11,12 @@ from ..watch import check_constants, is_watched
 from .common import (
     Backwards,
     contiguous,
-    direct_apply,
+    direct,
     formula_gradients,
     needs_graph,
     recorded,
     results,
     stand_in,
-    takes_kernel,
 )
 
 
@@ -56,7 +55,8 @@ def _backward(groups, over, eps, bias_dtype, runner, weight, needed):
 
 class ChannelCall:
     """A normalization of tensors `[N, C, *spatial]` that look alike, with contiguous parameters and
-    statistics: `call(x, weight, bias, statistics)` is y, and differentiable. It takes the statistics of
+    statistics: `compute(x, weight, bias, statistics)` is y, `differentiable` of the same is
+    differentiable. It takes the statistics of
     the "batch" or of each image's "group"s of channels, and moves the running (mean, variance) by the
     momentum, unless there are none, (); or it takes (mean, variance) that are "given".
     """
@@ -75,14 +75,11 @@ class ChannelCall:
         make = partial(_backward, groups, over, eps, self.bias_dtype)
         self.backwards = Backwards(runner, make)
 
-    def __call__(self, x, weight, bias, statistics=()):
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
-            return _channel_norm_directly((self, statistics), x, weight, bias)
+    def compute(self, x, weight, bias, statistics=()):
         return self.without_statistics.run(x, weight, bias, *statistics)[0]
+
+    def differentiable(self, x, weight, bias, statistics=()):
+        return _apply_directly(self, statistics, x, weight, bias)
 
 
 class ChannelNorm(torch.autograd.Function):
@@ -100,17 +97,18 @@ class ChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        call, needed = ctx.call, ctx.needs_input_grad[2:]
-        x, weight, *statistics = ctx.saved_tensors
-        if takes_kernel(dy):
-            return None, None, *call.backwards.run(dy, x, weight, statistics, needed)
+        call, needed, saved = ctx.call, ctx.needs_input_grad[2:], ctx.saved_tensors
+        gradients = call.backwards.run(dy, saved, needed)
+        if gradients is not None:
+            return None, None, *gradients
+        x, weight, *statistics = saved
         bias = stand_in(x, x.shape[1:2], call.bias_dtype) if needed[2] else None
         options = call.groups, call.over, call.eps, call.dtype, statistics
         gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)
         return None, None, *gradients
 
 
-_channel_norm_directly = direct_apply(ChannelNorm)
+_apply_directly = direct(ChannelNorm)
 
 
 def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, given=None, *, key):
@@ -132,8 +130,11 @@ def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, 
         momentum, statistics = running.momentum, running[:2]
     call = ChannelCall(launch, groups, over, eps, dtype, bias, momentum)
     if not isinstance(momentum, torch.Tensor):
-        call = prepare(call, x, weight, bias, key, *statistics)
-    return call(x, *contiguous(weight, bias), statistics)
+        prepare(call, x, weight, bias, key, *statistics)
+    weight, bias = contiguous(weight, bias)
+    if needs_graph(x, weight, bias):
+        return ChannelNorm.apply(call, statistics, x, weight, bias)
+    return call.compute(x, weight, bias, statistics)
 
 
 def _channel_norm(x, weight, bias, groups, over, eps, dtype, save_statistics, running=()):

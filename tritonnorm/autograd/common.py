@@ -4,6 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import launch, library
+from ..calls import ABSENT, MOST_LOOKS, is_observed, looks_like
 from ..launch.replay import Recorded
 from ..watch import EAGER, is_watched
 
@@ -23,6 +24,7 @@ def formula_gradients(formula, dy, inputs, needed, options):
     return [next(found) if need else None for need in needed]
 
 
+_is_grad_enabled = torch.is_grad_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -51,25 +53,34 @@ def backward_runner(runner, dy):
 
 
 class Backwards:
-    """The backward passes of calls that look alike, `make(runner, weight, needed)` each."""
+    """The backward passes of calls that look alike, `make(runner, weight, needed)` each: functions of dy
+    and of what was saved, x and weight first."""
 
     def __init__(self, runner, make):
         self.runner, self.make = runner, make
         self.made = {}
 
-    def run(self, dy, x, weight, statistics, needed):
-        """The gradients that are `needed` of x, weight and bias."""
-        runner = backward_runner(self.runner, dy)
-        if runner is not launch:  # sizes may be symbols
-            return self.make(runner, weight, needed)(dy, x, weight, *statistics)
+    def run(self, dy, saved, needed):
+        """The gradients that are `needed` of the inputs; None where a kernel cannot take this dy."""
         # What was saved may come back as another tensor than it was (saved_tensors_hooks).
-        about = x.dtype, x.stride(), x.device
-        others = weight is None or (weight.dtype, weight.is_contiguous()), statistics[-1].dtype
-        key = dy.stride(), dy.is_neg(), about, others, needed
-        backward = self.made.get(key)
-        if backward is None:
-            backward = self.made[key] = Recorded(self.make(runner, weight, needed))
-        return backward.run(dy, x, weight, *statistics)
+        tensors = dy, *[no if t is None else t for t, no in zip(saved, ABSENT)]  # noqa: B905
+        if not (_is_grad_enabled() or is_observed()):
+            for looks, backward in self.made.get(needed, ()):
+                if looks(*tensors):
+                    return backward.run(dy, *saved)
+        if not takes_kernel(dy):
+            return None
+        runner = backward_runner(self.runner, dy)
+        backward = self.make(runner, saved[1], needed)
+        if runner is not launch:  # sizes may be symbols
+            return backward(dy, *saved)
+        backward = Recorded(backward)
+        looks = looks_like(*tensors)
+        if looks is not None:
+            made = self.made.setdefault(needed, [])
+            made.insert(0, (looks, backward))
+            del made[MOST_LOOKS:]
+        return backward.run(dy, *saved)
 
 
 def stand_in(x, shape, dtype):
@@ -98,16 +109,12 @@ def results(ctx, runner, x, y, *statistics):
     return y, *statistics
 
 
-def direct_apply(function):
-    """`function.apply(*options, *tensors)` for who knows that no transform is at work: PyTorch does not
-    ask again, which takes 2 us."""
-    apply = super(torch.autograd.Function, function).apply
-    unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that has left its transform
-
-    def apply_directly(options, *tensors):
-        return apply(*options, *[t if t is None else unwrap(t) for t in tensors])
-
-    return apply_directly
+def direct(function):
+    """`function.apply` for who knows that no transform is at work, nor has been on these tensors:
+    PyTorch does not ask again. And its backward pass is `function.backward`, without the questions that
+    PyTorch asks before it."""
+    function._backward_cls.apply = function.backward
+    return super(torch.autograd.Function, function).apply
 
 
 def needs_graph(*tensors) -> bool:

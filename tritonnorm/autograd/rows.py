@@ -13,14 +13,13 @@ from ..watch import is_watched
 from .common import (
     Backwards,
     contiguous,
-    direct_apply,
+    direct,
     formula_gradients,
     is_plain,
     needs_graph,
     recorded,
     results,
     stand_in,
-    takes_kernel,
 )
 
 
@@ -54,7 +53,7 @@ def _backward(dims, options, memory_format, bias_dtype, runner, weight, needed):
 
 class RowCall:
     """A normalization of tensors that look alike over their last `dims` dimensions, with contiguous
-    parameters: `call(x, weight, bias)` is y, and differentiable."""
+    parameters: `compute(x, weight, bias)` is y, `differentiable` of the same is differentiable."""
 
     def __init__(self, runner, dims, options, dtype, memory_format, bias):
         self.runner, self.dims, self.options = runner, dims, options
@@ -66,14 +65,11 @@ class RowCall:
         make = partial(_backward, dims, options, memory_format, self.bias_dtype)
         self.backwards = Backwards(runner, make)
 
-    def __call__(self, x, weight, bias):
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
-            return _row_norm_directly((self,), x, weight, bias)
+    def compute(self, x, weight, bias):
         return self.without_statistics.run(x, weight, bias)[0]
+
+    def differentiable(self, x, weight, bias):
+        return _apply_directly(self, x, weight, bias)
 
 
 class RowNorm(torch.autograd.Function):
@@ -88,16 +84,17 @@ class RowNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        call, needed = ctx.call, ctx.needs_input_grad[1:]
-        x, weight, *statistics = ctx.saved_tensors
-        if takes_kernel(dy):
-            return None, *call.backwards.run(dy, x, weight, statistics, needed)
+        call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        gradients = call.backwards.run(dy, saved, needed)
+        if gradients is not None:
+            return None, *gradients
+        x, weight, *_ = saved
         bias = stand_in(x, x.shape[-call.dims :], call.bias_dtype) if needed[2] else None
         options = call.dims, call.options, call.dtype
         return None, *formula_gradients(row_formula, dy, (x, weight, bias), needed, options)
 
 
-_row_norm_directly = direct_apply(RowNorm)
+_apply_directly = direct(RowNorm)
 
 
 class RowNormFromOutput(torch.autograd.Function):
@@ -169,5 +166,8 @@ def normalize_rows(x, weight, bias, dims, options, dtype, memory_format, *, key,
         if output_suffices(x, weight, bias, options, dtype, n):
             return RowNormFromOutput.apply(call, x, *contiguous(weight, bias))
     elif key is not None:
-        call = prepare(call, x, weight, bias, key)
-    return call(x, *contiguous(weight, bias))
+        prepare(call, x, weight, bias, key)
+    weight, bias = contiguous(weight, bias)
+    if needs_graph(x, weight, bias):
+        return RowNorm.apply(call, x, weight, bias)
+    return call.compute(x, weight, bias)

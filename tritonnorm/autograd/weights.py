@@ -12,7 +12,7 @@ from .common import (
     Backwards,
     backward_runner,
     contiguous,
-    direct_apply,
+    direct,
     formula_gradients,
     needs_graph,
     recorded,
@@ -41,7 +41,8 @@ def _backward(dim, runner, _g, needed):
 
 
 class WeightCall:
-    """g * v / ||v|| of tensors that look alike, with a contiguous g: `call(v, g)`, differentiable."""
+    """g * v / ||v|| of tensors that look alike, with a contiguous g: `compute(v, g)`, and
+    `differentiable(v, g)`."""
 
     def __init__(self, dim):
         self.dim = dim
@@ -49,10 +50,11 @@ class WeightCall:
         self.with_statistics = recorded(launch, _forward(dim, save_statistics=True))
         self.backwards = Backwards(launch, partial(_backward, dim))
 
-    def __call__(self, v, g):
-        if torch.is_grad_enabled() and (v.requires_grad or g.requires_grad):
-            return _weight_norm_directly((self,), v, g)
+    def compute(self, v, g):
         return self.without_statistics.run(v, g)[0]
+
+    def differentiable(self, v, g):
+        return _apply_directly(self, v, g)
 
 
 class WeightNorm(torch.autograd.Function):
@@ -67,14 +69,15 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dw):
-        call, needed = ctx.call, ctx.needs_input_grad[1:]
-        v, g, *norms = ctx.saved_tensors
-        if takes_kernel(dw):
-            return None, *call.backwards.run(dw, v, g, norms, needed)
+        call, needed, saved = ctx.call, ctx.needs_input_grad[1:], ctx.saved_tensors
+        gradients = call.backwards.run(dw, saved, needed)
+        if gradients is not None:
+            return None, *gradients
+        v, g, _ = saved
         return None, *formula_gradients(weight_formula, dw, (v, g), needed, (call.dim,))
 
 
-_weight_norm_directly = direct_apply(WeightNorm)
+_apply_directly = direct(WeightNorm)
 
 
 class WeightNorms(torch.autograd.Function):
@@ -125,8 +128,9 @@ def normalize_weights(vs, gs, dims):
         return torch.ops.tritonnorm.weight_norms(vs, gs, library.dim_numbers(dims), False)[0]
     if len(vs) == 1:
         call = WeightCall(dims[0])
-        call = prepare(call, vs[0], gs[0], None, ("weight_norm", dims[0], type(dims[0])))
-        return [call(vs[0], *contiguous(*gs))]
+        prepare(call, vs[0], gs[0], None, ("weight_norm", dims[0], type(dims[0])))
+        v, (g,) = vs[0], contiguous(*gs)
+        return [WeightNorm.apply(call, v, g) if needs_graph(v, g) else call.compute(v, g)]
     gs = list(contiguous(*gs))
     if needs_graph(*vs, *gs):
         return WeightNorms.apply(launch, tuple(dims), *vs, *gs)

@@ -79,17 +79,12 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def _call_prepared(input, running, weight, bias, key):
-    """The result of the prepared call of a batch or instance normalization; None if there is none, or if
-    the statistics are to be refused."""
+    """The result of the prepared call of a batch or instance normalization; None if there is none."""
     mean, variance = running
     call = prepared(input, weight, bias, key, mean, variance)
     if call is None:
         return None
-    if mean is None:
-        return call(input, weight, bias)
-    if mean.requires_grad or variance.requires_grad:
-        return None
-    return call(input, weight, bias, running)
+    return call(input, weight, bias) if mean is None else call(input, weight, bias, running)
 
 
 def _check_statistics(name, flag, uses_input, input, running, weight, bias, momentum, eps):
