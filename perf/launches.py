@@ -106,13 +106,13 @@ def _run_rows(case: Case, x, from_output=False, **options) -> None:
             save_statistics=True,
         )
         return
-    spread = torch.ones(case.m, dtype=compute_dtype(x))
+    size = launch.statistics_size(case.m, launch.kinds_of_statistics(options))
+    statistics = torch.ones(size, dtype=compute_dtype(x))
     launch.row_backward(
         torch.ones_like(x),
         x,
         weight,
-        spread.clone() if options.norm == "layer" and not from_output else None,
-        spread,
+        statistics,
         1,
         options,
         memory_format=memory_format,
@@ -128,19 +128,20 @@ def _run_channels(case: Case, x) -> None:
     weight, bias = _parameters(case)
     over = "batch" if operator.images_share else "group"
     groups = case.channels if operator.images_share else case.sets // case.images
-    statistics = [torch.ones(case.sets, dtype=compute_dtype(x)) for _ in range(2)]
+    mean, variance = (torch.ones(case.sets, dtype=compute_dtype(x)) for _ in range(2))
+    statistics = torch.ones(launch.statistics_size(case.sets, 2), dtype=compute_dtype(x))
     needed = dict(needs_dx=True, dweight_dtype=weight.dtype, dbias_dtype=bias.dtype)
     if operator.running == "read" and case.direction == "forward":
-        launch.channel_apply(x, weight, bias, *statistics, EPS, dtype=x.dtype)
+        launch.channel_apply(x, weight, bias, mean, variance, EPS, dtype=x.dtype)
     elif operator.running == "read":
-        launch.channel_apply_backward(torch.ones_like(x), x, weight, *statistics, EPS, **needed)
+        launch.channel_apply_backward(torch.ones_like(x), x, weight, statistics, EPS, **needed)
     elif case.direction == "forward":
-        running = Running(*statistics, momentum=0.1) if operator.running else None
+        running = Running(mean, variance, momentum=0.1) if operator.running else None
         launch.channel_forward(
             x, weight, bias, groups, over, EPS, dtype=x.dtype, running=running, save_statistics=True
         )
     else:
-        launch.channel_backward(torch.ones_like(x), x, weight, *statistics, groups, over, **needed)
+        launch.channel_backward(torch.ones_like(x), x, weight, statistics, groups, over, **needed)
 
 
 def _run_weights(case: Case, shapes) -> None:

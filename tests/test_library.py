@@ -306,13 +306,17 @@ def samples(device):
     x, w = torch.randn(2, 8, 3, 5, device=device), torch.ones(8, device=device)
     rows = torch.randn(6, 8, device=device)
     statistic = torch.ones(6, device=device)
+
+    def statistics(count):
+        return torch.ones(tn.launch.statistics_size(count, 2), device=device)
+
     needs = (True, F32, BF16)
     yield (
         "row_norm_backward",
-        (rows, rows + 1, w, statistic, statistic, 1, "layer", 1e-5, 0.0, None, False, *needs),
+        (rows, rows + 1, w, statistics(6), 1, "layer", 1e-5, 0.0, None, False, *needs),
     )
-    yield "channel_norm_backward", (x, x + 1, w, w, w, 8, "batch", *needs)
-    yield "channel_apply_backward", (x, x + 1, w, w, w, 1e-5, True, F32, None)
+    yield "channel_norm_backward", (x, x + 1, w, statistics(8), 8, "batch", *needs)
+    yield "channel_apply_backward", (x, x + 1, w, statistics(8), 1e-5, True, F32, None)
     yield (
         "weight_norms_backward",
         ([rows], [rows + 1], [statistic[:, None]], [statistic], [0], [True], [False]),
@@ -341,7 +345,7 @@ def test_what_an_operator_refuses(device):
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda t: call(t).sum())(x)
     x.requires_grad_()
-    arguments = (x, x, w, None, torch.ones(15, device=device), 1, "rms", 1e-5, 0.0, None)
+    arguments = (x, x, w, torch.ones(15, device=device), 1, "rms", 1e-5, 0.0, None)
     with pytest.raises(RuntimeError, match="not differentiable"):
         torch.ops.tritonnorm.row_norm_backward(*arguments, False, True, None, None)
 

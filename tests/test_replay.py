@@ -170,9 +170,9 @@ def test_misaligned_tensors_take_the_function(device):
     assert torch.equal(found, tF.rms_norm(misaligned, (16,)))
 
 
-def row_backward(dy, x, spread):
+def row_backward(dy, x, statistics):
     return launch.row_backward(
-        *(dy, x, None, None, spread, 1, RowOptions("rms", 1e-6)),
+        *(dy, x, None, statistics, 1, RowOptions("rms", 1e-6)),
         memory_format=torch.contiguous_format,
         needs_dx=True,
         dweight_dtype=None,
@@ -182,10 +182,10 @@ def row_backward(dy, x, spread):
 
 def test_one_tensor_in_two_places_is_not_recorded(device):
     """Of a recording with x for dy it would not be known which of them is which."""
-    x, spread = torch.randn(4, 16, device=device), torch.ones(4, device=device)
+    x, statistics = torch.randn(4, 16, device=device), torch.ones(4, device=device)
     recorded = replay.Recorded(row_backward)
     for _ in range(CALLS):
-        recorded.run(x, x, spread)
+        recorded.run(x, x, statistics)
     assert recorded.run.__name__ == "run"
 
 

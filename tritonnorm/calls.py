@@ -38,7 +38,7 @@ class _Absent(torch.Tensor):
     tensor may be looked at twice."""
 
 
-WEIGHT, BIAS, MEAN, VARIANCE = ABSENT = [torch.empty(0).as_subclass(_Absent) for _ in range(4)]
+WEIGHT, BIAS, MEAN, VARIANCE = (torch.empty(0).as_subclass(_Absent) for _ in range(4))
 
 _calls = {}
 forgotten_with_plans(lambda: _calls.clear())
@@ -90,30 +90,37 @@ def looks_like(*tensors):
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
+def _looked_at(x, weight, bias, mean, variance) -> tuple:
+    """What is looked at of a call's tensors: few, as each takes a tenth of a microsecond."""
+    if weight is None:
+        weight = WEIGHT
+    if mean is None and variance is None:
+        return (x, weight) if bias is None else (x, weight, bias)
+    if bias is None:
+        bias = BIAS
+    return x, weight, bias, MEAN if mean is None else mean, VARIANCE if variance is None else variance
+
+
 def prepared(x, weight, bias, options, mean=None, variance=None):
     """What was prepared for such tensors and options, the name of the function first: a function of the
     tensors; or None.
 
     Whatever is wrong with an argument is for the function to say.
     """
-    if is_observed() or type(x) not in EAGER:
+    # `is_observed`, without the call
+    if _is_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0:
         return None
+    if type(x) not in EAGER:
+        return None
+    tensors = _looked_at(x, weight, bias, mean, variance)
     try:
-        kept = _calls.get((x.shape, options))
+        kept = _calls.get((x.shape, len(tensors), options))
     except (RuntimeError, TypeError):  # no sizes, no hash
         return None
     if kept is None:
         return None
-    if weight is None:
-        weight = WEIGHT
-    if bias is None:
-        bias = BIAS
-    if mean is None:
-        mean = MEAN
-    if variance is None:
-        variance = VARIANCE
     for looks, compute, differentiable in kept:
-        if looks(x, weight, bias, mean, variance):
+        if looks(*tensors):
             return differentiable if differentiable is not None and _is_grad_enabled() else compute
     return None
 
@@ -133,8 +140,7 @@ def prepare(call, x, weight, bias, options, mean=None, variance=None):
     Args:
         call: has functions `compute` and `differentiable` of the tensors.
     """
-    given = weight, bias, mean, variance
-    tensors = x, *(no if t is None else t for t, no in zip(given, ABSENT, strict=True))
+    tensors = _looked_at(x, weight, bias, mean, variance)
     constant = not any(t.requires_grad for t in tensors[3:])
     if not (constant and _are_constant(options) and all(t.is_contiguous() for t in tensors[1:])):
         return
@@ -143,7 +149,7 @@ def prepare(call, x, weight, bias, options, mean=None, variance=None):
         return
     if len(_calls) >= MOST_CALLS:
         _calls.clear()
-    kept = _calls.setdefault((x.shape, options), [])
+    kept = _calls.setdefault((x.shape, len(tensors), options), [])
     needs_graph = any(t.requires_grad for t in tensors)
     kept.insert(0, (looks, call.compute, call.differentiable if needs_graph else None))
     del kept[MOST_LOOKS:]

@@ -87,14 +87,18 @@ def _contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
-def with_statistics(x, statistics):
-    """Statistics with empty ones for None."""
-    return tuple(_statistics(x, 0)[0] if t is None else t for t in statistics)
+def _statistics(x, count, kinds):
+    """Fake statistics, `count` of so many kinds."""
+    return x.new_empty(launch.statistics_size(count, kinds), dtype=compute_dtype(x))
 
 
-def _statistics(x, *sizes):
-    """Fake statistics of these sizes."""
-    return tuple(x.new_empty(size, dtype=compute_dtype(x)) for size in sizes)
+def _with_statistics(x, y, statistics, count):
+    """y and its statistics; an empty tensor for None. Nothing in them is left as it was in memory."""
+    if statistics is None:
+        return y, _statistics(x, 0, 1)
+    if 0 < count < statistics.numel() - count:
+        statistics[count:-count] = 0
+    return y, statistics
 
 
 def _gradients(x, size, needs_dx, dweight_dtype, dbias_dtype, memory_format=torch.preserve_format):
@@ -113,21 +117,21 @@ def _row_norm(x, weight, bias, dims, *others):
     _check_size(prod(x.shape[x.dim() - dims :]))
     outputs = dict(dtype=dtype, memory_format=FORMATS[preserve_format], save_statistics=save_statistics)
     parameters = _contiguous(weight, bias)
-    y, *statistics = launch.row_forward(x, *parameters, dims, RowOptions(*options), **outputs)
-    return y, *with_statistics(x, statistics)
+    found = launch.row_forward(x, *parameters, dims, RowOptions(*options), **outputs)
+    return _with_statistics(x, *found, prod(x.shape[: x.dim() - dims]))
 
 
-def _row_norm_fake(x, weight, bias, dims, norm, *others):
-    *_, dtype, preserve_format, save_statistics = others
+def _row_norm_fake(x, weight, bias, dims, *others):
+    *options, dtype, preserve_format, save_statistics = others
     y = torch.empty_like(x, dtype=dtype, memory_format=FORMATS[preserve_format])
     rows = prod(x.shape[: x.dim() - dims]) if save_statistics else 0
-    return y, *_statistics(x, rows if norm == "layer" else 0, rows)
+    return y, _statistics(x, rows, launch.kinds_of_statistics(RowOptions(*options)))
 
 
-def _row_norm_backward(dy, x, weight, mean, spread, dims, *others):
+def _row_norm_backward(dy, x, weight, statistics, dims, *others):
     *options, preserve_format, needs_dx, dweight_dtype, dbias_dtype = others
     gradients = launch.row_backward(
-        *(dy, x, *_contiguous(weight), mean, spread, dims, RowOptions(*options)),
+        *(dy, x, *_contiguous(weight), statistics, dims, RowOptions(*options)),
         memory_format=FORMATS[preserve_format],
         needs_dx=needs_dx,
         dweight_dtype=dweight_dtype,
@@ -136,7 +140,7 @@ def _row_norm_backward(dy, x, weight, mean, spread, dims, *others):
     return _filled(x, gradients)
 
 
-def _row_norm_backward_fake(dy, x, weight, mean, spread, dims, *others):
+def _row_norm_backward_fake(dy, x, weight, statistics, dims, *others):
     *_, preserve_format, needs_dx, dweight_dtype, dbias_dtype = others
     size, memory_format = prod(x.shape[x.dim() - dims :]), FORMATS[preserve_format]
     return _gradients(x, size, needs_dx, dweight_dtype, dbias_dtype, memory_format)
@@ -147,13 +151,13 @@ _ROW_OPTIONS = "int dims, str norm, float eps, float weight_offset, ScalarType? 
 _define(
     "row_norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, {_ROW_OPTIONS}, ScalarType dtype, bool preserve_format, "
-    "bool save_statistics) -> (Tensor y, Tensor mean, Tensor spread)",
+    "bool save_statistics) -> (Tensor y, Tensor statistics)",
     _row_norm,
     _row_norm_fake,
 )
 _define(
     "row_norm_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor spread, {_ROW_OPTIONS}, "
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, {_ROW_OPTIONS}, "
     f"bool preserve_format, {_NEEDS}) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _row_norm_backward,
     _row_norm_backward_fake,
@@ -162,30 +166,35 @@ _define(
 
 def _row_forward(x, weight, bias, dims, options, *, dtype, memory_format, save_statistics):
     outputs = (dtype, memory_format is torch.preserve_format, save_statistics)
-    y, mean, spread = below_autograd("row_norm", x, weight, bias, dims, *options, *outputs)
-    return y, mean if options.norm == "layer" else None, spread
+    return below_autograd("row_norm", x, weight, bias, dims, *options, *outputs)
 
 
 def _row_backward(
-    dy, x, weight, mean, spread, dims, options, *, memory_format, needs_dx, dweight_dtype, dbias_dtype
+    dy, x, weight, statistics, dims, options, *, memory_format, needs_dx, dweight_dtype, dbias_dtype
 ):
     preserve_format = memory_format is torch.preserve_format
     needs = (needs_dx, dweight_dtype, dbias_dtype)
-    arguments = (dy, x, weight, mean, spread, dims, *options, preserve_format, *needs)
+    arguments = (dy, x, weight, statistics, dims, *options, preserve_format, *needs)
     return _needed(below_autograd("row_norm_backward", *arguments), needs)
 
 
+def _sets(x, groups, over):
+    """How many sets of elements share statistics."""
+    return x.shape[0] * groups if over == "group" else x.shape[1]
+
+
 def _channel_norm(x, weight, bias, groups, over, eps, dtype, save_statistics, running=None):
-    _check_size(x.numel() // max(x.shape[0] * groups if over == "group" else x.shape[1], 1))
+    sets = _sets(x, groups, over)
+    _check_size(x.numel() // max(sets, 1))
     options = dict(dtype=dtype, running=running, save_statistics=save_statistics)
     parameters = _contiguous(weight, bias)
-    y, *statistics = launch.channel_forward(x, *parameters, groups, over, eps, **options)
-    return y, *with_statistics(x, statistics if save_statistics else (None, None))
+    y, statistics = launch.channel_forward(x, *parameters, groups, over, eps, **options)
+    return _with_statistics(x, y, statistics if save_statistics else None, sets)
 
 
 def _channel_norm_fake(x, weight, bias, groups, over, eps, dtype, save_statistics):
-    sets = (x.shape[0] * groups if over == "group" else x.shape[1]) if save_statistics else 0
-    return torch.empty_like(x, dtype=dtype), *_statistics(x, sets, sets)
+    sets = _sets(x, groups, over) if save_statistics else 0
+    return torch.empty_like(x, dtype=dtype), _statistics(x, sets, 2)
 
 
 def _channel_norm_running(
@@ -203,14 +212,14 @@ def _channel_norm_running_fake(
 
 
 def _channel_norm_backward(
-    dy, x, weight, mean, rstd, groups, over, needs_dx, dweight_dtype, dbias_dtype
+    dy, x, weight, statistics, groups, over, needs_dx, dweight_dtype, dbias_dtype
 ):
     needs = dict(needs_dx=needs_dx, dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
-    gradients = launch.channel_backward(dy, x, *_contiguous(weight), mean, rstd, groups, over, **needs)
+    gradients = launch.channel_backward(dy, x, *_contiguous(weight), statistics, groups, over, **needs)
     return _filled(x, gradients)
 
 
-def _channel_norm_backward_fake(dy, x, weight, mean, rstd, groups, over, *needs):
+def _channel_norm_backward_fake(dy, x, weight, statistics, groups, over, *needs):
     return _gradients(x, x.shape[1], *needs)
 
 
@@ -222,21 +231,20 @@ def _channel_apply_fake(x, weight, bias, mean, variance, eps, dtype):
     return torch.empty_like(x, dtype=dtype)
 
 
-def _channel_apply_backward(dy, x, weight, mean, variance, eps, needs_dx, dweight_dtype, dbias_dtype):
+def _channel_apply_backward(dy, x, weight, statistics, eps, needs_dx, dweight_dtype, dbias_dtype):
     needs = dict(needs_dx=needs_dx, dweight_dtype=dweight_dtype, dbias_dtype=dbias_dtype)
-    constants = _contiguous(weight, mean, variance)
+    constants = _contiguous(weight, statistics)
     return _filled(x, launch.channel_apply_backward(dy, x, *constants, eps, **needs))
 
 
-def _channel_apply_backward_fake(dy, x, weight, mean, variance, eps, *needs):
+def _channel_apply_backward_fake(dy, x, weight, statistics, eps, *needs):
     return _gradients(x, x.shape[1], *needs)
 
 
 _CHANNEL_OPTIONS = "int groups, str over, float eps, ScalarType dtype, bool save_statistics"
 _define(
     "channel_norm",
-    f"(Tensor x, Tensor? weight, Tensor? bias, {_CHANNEL_OPTIONS}) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    f"(Tensor x, Tensor? weight, Tensor? bias, {_CHANNEL_OPTIONS}) -> (Tensor y, Tensor statistics)",
     _channel_norm,
     _channel_norm_fake,
 )
@@ -244,13 +252,13 @@ _define(
     "channel_norm_running",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     f"Tensor? momentum_tensor, float momentum, {_CHANNEL_OPTIONS}) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    "-> (Tensor y, Tensor statistics)",
     _channel_norm_running,
     _channel_norm_running_fake,
 )
 _define(
     "channel_norm_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int groups, str over, {_NEEDS}) "
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, int groups, str over, {_NEEDS}) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     _channel_norm_backward,
     _channel_norm_backward_fake,
@@ -264,7 +272,7 @@ _define(
 )
 _define(
     "channel_apply_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor variance, float eps, {_NEEDS}) "
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, float eps, {_NEEDS}) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     _channel_apply_backward,
     _channel_apply_backward_fake,
@@ -321,7 +329,7 @@ def _fake_dense(x):
 
 
 def _weight_norms_fake(vs, gs, dims, save_statistics):
-    norms = [_statistics(v, g.numel())[0] for v, g in zip(vs, gs, strict=True)]
+    norms = [_statistics(v, g.numel(), 1) for v, g in zip(vs, gs, strict=True)]
     return [_fake_dense(v) for v in vs], norms if save_statistics else []
 
 

@@ -43,12 +43,12 @@ def _backward(groups, over, eps, bias_dtype, runner, weight, needed):
         dbias_dtype=bias_dtype if needed[2] else None,
     )
 
-    def backward(dy, x, weight, *statistics):
+    def backward(dy, x, weight, statistics):
         dy = dy.resolve_neg()
-        weight, *statistics = contiguous(weight, *statistics)
+        weight, statistics = contiguous(weight, statistics)
         if over == "given":
-            return runner.channel_apply_backward(dy, x, weight, *statistics, eps, **outputs)
-        return runner.channel_backward(dy, x, weight, *statistics, groups, over, **outputs)
+            return runner.channel_apply_backward(dy, x, weight, statistics, eps, **outputs)
+        return runner.channel_backward(dy, x, weight, statistics, groups, over, **outputs)
 
     return backward
 
@@ -87,13 +87,14 @@ class ChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, statistics, x, weight, bias):
-        y, *saved = call.with_statistics.run(x, weight, bias, *statistics)
+        y, *found = call.with_statistics.run(x, weight, bias, *statistics)
+        ctx.call = call
         if call.over == "given":
             # Copies: a training step in between may move them before the backward pass comes.
-            saved = [t.clone() for t in statistics]
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.call = call
-        return results(ctx, call.runner, x, y, *(() if call.over == "given" else saved))
+            ctx.save_for_backward(x, weight, torch.cat(statistics))
+            return y
+        ctx.save_for_backward(x, weight, *found)
+        return y if call.runner is launch else results(ctx, y, *found)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -101,9 +102,10 @@ class ChannelNorm(torch.autograd.Function):
         gradients = call.backwards.run(dy, saved, needed)
         if gradients is not None:
             return None, None, *gradients
-        x, weight, *statistics = saved
+        x, weight, statistics = saved
         bias = stand_in(x, x.shape[1:2], call.bias_dtype) if needed[2] else None
-        options = call.groups, call.over, call.eps, call.dtype, statistics
+        given = launch.statistics_of(statistics, x.shape[1]) if call.over == "given" else None
+        options = call.groups, call.over, call.eps, call.dtype, given
         gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)
         return None, None, *gradients
 
@@ -157,7 +159,7 @@ def _channel_apply(x, weight, bias, mean, variance, eps, dtype):
     check_constants("tritonnorm::channel_apply", mean=mean, variance=variance)
     if needs_graph(x, weight, bias):
         call = ChannelCall(library.operators, x.shape[1], "given", eps, dtype, bias)
-        return ChannelNorm.apply(call, (mean, variance), x, weight, bias)[0]
+        return ChannelNorm.apply(call, (mean, variance), x, weight, bias)
     return library.below_autograd("channel_apply", x, weight, bias, mean, variance, eps, dtype)
 
 

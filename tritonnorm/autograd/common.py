@@ -4,7 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import launch, library
-from ..calls import ABSENT, MOST_LOOKS, is_observed, looks_like
+from ..calls import MOST_LOOKS, WEIGHT, is_observed, looks_like
 from ..launch.replay import Recorded
 from ..watch import EAGER, is_watched
 
@@ -54,7 +54,7 @@ def backward_runner(runner, dy):
 
 class Backwards:
     """The backward passes of calls that look alike, `make(runner, weight, needed)` each: functions of dy
-    and of what was saved, x and weight first."""
+    and of what was saved, x, weight and statistics."""
 
     def __init__(self, runner, make):
         self.runner, self.make = runner, make
@@ -63,15 +63,16 @@ class Backwards:
     def run(self, dy, saved, needed):
         """The gradients that are `needed` of the inputs; None where a kernel cannot take this dy."""
         # What was saved may come back as another tensor than it was (saved_tensors_hooks).
-        tensors = dy, *[no if t is None else t for t, no in zip(saved, ABSENT)]  # noqa: B905
+        x, weight, statistics = saved
+        tensors = dy, x, WEIGHT if weight is None else weight, statistics
         if not (_is_grad_enabled() or is_observed()):
             for looks, backward in self.made.get(needed, ()):
                 if looks(*tensors):
-                    return backward.run(dy, *saved)
+                    return backward.run(dy, x, weight, statistics)
         if not takes_kernel(dy):
             return None
         runner = backward_runner(self.runner, dy)
-        backward = self.make(runner, saved[1], needed)
+        backward = self.make(runner, weight, needed)
         if runner is not launch:  # sizes may be symbols
             return backward(dy, *saved)
         backward = Recorded(backward)
@@ -100,13 +101,10 @@ def recorded(runner, function):
     return (Recorded if runner is launch else _Plain)(function)
 
 
-def results(ctx, runner, x, y, *statistics):
-    """What a forward pass returns: y, of the registered operators the statistics too."""
-    if runner is launch:
-        return y
-    statistics = library.with_statistics(x, statistics)
-    ctx.mark_non_differentiable(*statistics)
-    return y, *statistics
+def results(ctx, y, statistics):
+    """What the forward pass of the registered operators returns: the statistics too."""
+    ctx.mark_non_differentiable(statistics)
+    return y, statistics
 
 
 def direct(function):

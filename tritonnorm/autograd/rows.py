@@ -40,10 +40,10 @@ def _backward(dims, options, memory_format, bias_dtype, runner, weight, needed):
         dbias_dtype=bias_dtype if needed[2] else None,
     )
 
-    def backward(dy, x, weight, mean, spread):
+    def backward(dy, x, weight, statistics):
         dy = dy.resolve_neg()
-        weight, mean, spread = contiguous(weight, mean, spread)
-        dx, *gradients = runner.row_backward(dy, x, weight, mean, spread, dims, options, **outputs)
+        weight, statistics = contiguous(weight, statistics)
+        dx, *gradients = runner.row_backward(dy, x, weight, statistics, dims, options, **outputs)
         if dims > 1:
             gradients = (d if d is None else d.view(x.shape[-dims:]) for d in gradients)
         return dx, *gradients
@@ -77,10 +77,10 @@ class RowNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, x, weight, bias):
-        y, mean, spread = call.with_statistics.run(x, weight, bias)
-        ctx.save_for_backward(x, weight, mean, spread)
+        y, statistics = call.with_statistics.run(x, weight, bias)
+        ctx.save_for_backward(x, weight, statistics)
         ctx.call = call
-        return results(ctx, call.runner, x, y, mean, spread)
+        return y if call.runner is launch else results(ctx, y, statistics)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -88,7 +88,7 @@ class RowNorm(torch.autograd.Function):
         gradients = call.backwards.run(dy, saved, needed)
         if gradients is not None:
             return None, *gradients
-        x, weight, *_ = saved
+        x, weight, _ = saved
         bias = stand_in(x, x.shape[-call.dims :], call.bias_dtype) if needed[2] else None
         options = call.dims, call.options, call.dtype
         return None, *formula_gradients(row_formula, dy, (x, weight, bias), needed, options)
@@ -102,15 +102,15 @@ class RowNormFromOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, x, weight, bias):
-        y, _, spread = call.with_statistics.run(x, weight, bias)
-        ctx.save_for_backward(y, weight, bias, spread)
+        y, statistics = call.with_statistics.run(x, weight, bias)
+        ctx.save_for_backward(y, weight, bias, statistics)
         ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx, dy):
         call, needed = ctx.call, ctx.needs_input_grad[1:]
-        y, weight, bias, spread = ctx.saved_tensors
+        y, weight, bias, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(
                 'save="output" does not keep the input, of which the second derivative is one: '
@@ -118,7 +118,9 @@ class RowNormFromOutput(torch.autograd.Function):
             )
         if not is_plain(dy) or is_watched(dy):
             # Of the deviation from the mean, which has the same gradient.
-            x = row_deviation(y, weight, bias, spread, call.dims, call.options)
+            m = prod(y.shape[: y.dim() - call.dims])
+            _, rstd = launch.statistics_of(statistics, m)
+            x = row_deviation(y, weight, bias, rstd, call.dims, call.options)
             x.requires_grad_(needed[0])
             options = call.dims, call.options, call.dtype
             return None, *formula_gradients(row_formula, dy, (x, weight, bias), needed, options)
@@ -126,8 +128,7 @@ class RowNormFromOutput(torch.autograd.Function):
             dy.resolve_neg(),
             y,
             weight,
-            None,
-            spread,
+            statistics,
             call.dims,
             call.options,
             memory_format=call.memory_format,

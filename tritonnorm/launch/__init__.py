@@ -1,7 +1,7 @@
 """Allocation, grids and calls of the kernels; the only importer of `tritonnorm.kernels`.
 
-Inputs were checked by the callers. Statistics are flat, float32 (for float64 input, float64), one of
-each for every set of elements that shares them.
+Inputs were checked by the callers. Statistics are float32 (for float64 input, float64), one of each for
+every set of elements that shares them, all of a pass in one flat tensor.
 """
 
 from .channels import (
@@ -11,7 +11,8 @@ from .channels import (
     channel_backward,
     channel_forward,
 )
-from .rows import row_backward, row_forward
+from .common import statistics_of, statistics_size
+from .rows import kinds_of_statistics, row_backward, row_forward
 from .weights import is_dense, weights_backward, weights_forward
 
 __all__ = [
@@ -21,8 +22,11 @@ __all__ = [
     "channel_backward",
     "channel_forward",
     "is_dense",
+    "kinds_of_statistics",
     "row_backward",
     "row_forward",
+    "statistics_of",
+    "statistics_size",
     "weights_backward",
     "weights_forward",
 ]

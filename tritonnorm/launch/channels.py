@@ -22,9 +22,11 @@ from .common import (
     Kernel,
     fold_parameters,
     is_written,
+    new_statistics,
     on_device,
     parameter_partials,
     planned,
+    statistics_of,
 )
 from .pieces import Sets
 
@@ -150,26 +152,25 @@ def _wanted(partials, dtypes):
     return [p if d else None for p, d in zip(partials, dtypes, strict=True)]
 
 
-def _new_statistics(x, count, names):
-    wide, device = compute_dtype(x), x.device
-    return {name: torch.empty(count, dtype=wide, device=device) for name in names}
-
-
 def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_statistics):
-    """y, mean and rstd of x `[N, C, *spatial]` with the statistics of the batch or of groups; mean and
-    rstd may be None unless `save_statistics`. `running` (mean, var, momentum) or None is updated in
-    place."""
+    """y, and a tensor of mean and rstd as `statistics_of` takes it, of x `[N, C, *spatial]` with the
+    statistics of the batch or of groups. It may be None unless `save_statistics`. `running` (mean, var,
+    momentum) or None is updated in place."""
     y = torch.empty_like(x, dtype=dtype)
     n, c = x.shape[:2]
     count = n * groups if over == "group" else c
     if x.numel() == 0:
-        return y, *_new_statistics(x, count, ("mean", "rstd")).values()
+        return y, new_statistics(x, count, 2)
 
     sets, (x,), target = _sets(over, groups, (x,), y)
     tile = _resident(sets, heuristics.channels.group_forward, x.element_size())
     of_images = running is not None and over == "group"
-    names = ["mean", "rstd"] if save_statistics or of_images or tile is None else []
-    statistics = _new_statistics(x, count, names + ["variance"] * of_images)
+    saved = new_statistics(x, count, 2) if save_statistics or of_images or tile is None else None
+    statistics = dict(mean=None, rstd=None, variance=None)
+    if saved is not None:
+        statistics["mean"], statistics["rstd"] = statistics_of(saved, count)
+    if of_images:
+        statistics["variance"] = new_statistics(x, count, 1)
     move = None if running is None or of_images else _Running(running, sets.elements)
     moving = NOTHING_MOVES if move is None else move.arguments
 
@@ -182,9 +183,9 @@ def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_
                 y_ptr=target,
                 weight_ptr=weight,
                 bias_ptr=bias,
-                mean_ptr=statistics.get("mean"),
-                rstd_ptr=statistics.get("rstd"),
-                variance_ptr=statistics.get("variance"),
+                mean_ptr=statistics["mean"],
+                rstd_ptr=statistics["rstd"],
+                variance_ptr=statistics["variance"],
                 x_strides=sets.view.strides[0],
                 y_strides=sets.view.strides[1],
                 eps=eps,
@@ -197,7 +198,7 @@ def channel_forward(x, weight, bias, groups, over, eps, *, dtype, running, save_
         _Running(running, sets.elements).move(statistics["mean"], statistics["variance"], n)
     if target is not y:
         y.copy_(target)
-    return y, statistics.get("mean"), statistics.get("rstd")
+    return y, saved
 
 
 def channel_apply(x, weight, bias, mean, variance, eps, *, dtype):
@@ -213,14 +214,16 @@ def channel_apply(x, weight, bias, mean, variance, eps, *, dtype):
     return y
 
 
-def channel_backward(dy, x, weight, mean, rstd, groups, over, *, needs_dx, dweight_dtype, dbias_dtype):
-    """dx, dweight and dbias `[C]`; None for what is not needed (a dtype that is None)."""
+def channel_backward(dy, x, weight, statistics, groups, over, *, needs_dx, dweight_dtype, dbias_dtype):
+    """dx, dweight and dbias `[C]`, from the statistics of `channel_forward`; None for what is not needed
+    (a dtype that is None)."""
     c, dtypes = x.shape[1], (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x) if needs_dx else None
     if x.numel() == 0:
         return dx, *_zero_gradients(x, dtypes)
 
     sets, (x, dy), target = _sets(over, groups, [x, dy], dx)
+    mean, rstd = statistics_of(statistics, x.shape[0] * groups if over == "group" else c)
     tile = _resident(sets, heuristics.channels.group_backward, x.element_size())
     with on_device(x):
         if tile is None:
@@ -257,13 +260,14 @@ def _without_first(sets: Sets) -> Sets:
     return replace(sets, view=replace(sets.view, strides=sets.view.strides[1:]))
 
 
-def channel_apply_backward(dy, x, weight, mean, variance, eps, *, needs_dx, dweight_dtype, dbias_dtype):
-    """The gradients of `channel_apply`: its statistics are constants."""
+def channel_apply_backward(dy, x, weight, statistics, eps, *, needs_dx, dweight_dtype, dbias_dtype):
+    """The gradients of `channel_apply`; its mean and variance, in one tensor, are constants."""
     dtypes = (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x) if needs_dx else None
     if x.numel() == 0:
         return dx, *_zero_gradients(x, dtypes)
 
+    mean, variance = statistics_of(statistics, x.shape[1])
     sets, (x, dy), target = _sets("given", x.shape[1], [x, dy], dx)
     cut = sets.choose(heuristics.channels.channel_backward, x.element_size())
     gradients = None, None

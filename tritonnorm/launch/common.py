@@ -161,6 +161,26 @@ CHOICES = _ByDevice()
 """What decides launches on the device of x: `CHOICES[x.get_device()]`. Plans are kept by it."""
 
 
+STATISTICS_STEP = 4
+"""Elements: the second kind of statistics begins at a multiple of so many in their tensor, 16 bytes of
+float32, as Triton compiles another kernel for pointers that are aligned to less."""
+
+
+def statistics_size(count: int, kinds: int) -> int:
+    """The elements of a tensor that holds one or two `kinds` of statistics, `count` of each."""
+    return (kinds - 1) * -(-count // STATISTICS_STEP) * STATISTICS_STEP + count
+
+
+def new_statistics(x, count: int, kinds: int) -> torch.Tensor:
+    """A tensor for the statistics of x."""
+    return torch.empty(statistics_size(count, kinds), dtype=compute_dtype(x), device=x.device)
+
+
+def statistics_of(tensor, count: int):
+    """The first and the last kind of statistics in a tensor, `[count]` each: the same of one kind."""
+    return tensor[:count], tensor[tensor.shape[0] - count :]
+
+
 def parameter_partials(x, programs: int, n: int, dtypes):
     """Partial gradients `[programs, n]` for each parameter whose gradient's dtype is not None."""
     wide, device = compute_dtype(x), x.device

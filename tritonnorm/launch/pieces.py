@@ -208,7 +208,7 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
         **partials,
         mean_ptr=statistics["mean"],
         rstd_ptr=statistics["rstd"],
-        variance_ptr=statistics.get("variance"),
+        variance_ptr=statistics["variance"],
         rest_ptr=rest,
         inverse_count=1 / sets.elements,
         eps=eps,

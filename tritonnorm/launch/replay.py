@@ -30,8 +30,9 @@ ALLOCATIONS = {
     aten.new_empty_strided.default,
 }
 
-VIEWS = {aten.view.default}
-"""What results may be of a whole tensor that was allocated: they are then allocated as they are."""
+VIEWS = {aten.view.default, aten.slice.Tensor}
+"""What results may be of a whole tensor that was allocated, which is then allocated as they are; and
+arguments of launches of a part of such a tensor, or of an input with memory of its own."""
 
 HOOKED = (
     "runtime.launch_enter_hook is not enter or enter.calls or "
@@ -129,6 +130,7 @@ class _Writer:
         self.names = {id(t): f"t{i}" for i, t in enumerate(inputs) if t is not None}
         self.distinct = len(self.names) == sum(t is not None for t in inputs)
         self.fresh = {t.storage.data_ptr(): f"o{i}" for i, t in enumerate(self.allocated)}
+        self.owners = self._owners() | self.fresh
         self.namespace = {
             "function": function,
             "empty_like": torch.empty_like,
@@ -179,6 +181,31 @@ class _Writer:
             raise _NotReplayable
         return self.fresh[storage.data_ptr()]
 
+    def _owners(self) -> dict[int, str]:
+        """The inputs of one dimension that have memory of their own, by its address."""
+        storages = [t if t is None else t.untyped_storage() for t in self.inputs]
+        addresses = [s if s is None else s.data_ptr() for s in storages]
+        return {
+            address: f"t{i}"
+            for i, (t, storage, address) in enumerate(zip(self.inputs, storages, addresses, strict=True))
+            if t is not None
+            and (t.dim(), t.nbytes) == (1, storage.nbytes())
+            and addresses.count(address) == 1
+        }
+
+    def _located(self, tensor) -> tuple[str, slice | None]:
+        """The name of a tensor, or of the one that it is adjacent elements of, and which."""
+        storage = tensor.untyped_storage()
+        owner = self.owners.get(storage.data_ptr())
+        if id(tensor) in self.names or owner is None:
+            return self._name(tensor), None
+        if tensor.nbytes == storage.nbytes():
+            return owner, None
+        if tensor.dim() != 1 or not tensor.is_contiguous():
+            raise _NotReplayable
+        first = tensor.storage_offset()
+        return owner, slice(first, first + len(tensor))
+
     def _check_addresses(self):
         """Of the recorded call and, in writing, of those to come."""
         present = [t for t in self.inputs if t is not None]
@@ -218,20 +245,29 @@ class _Writer:
             self.lines += ["workspace = workspace_tensor.data_ptr()", *pieces]
 
     def _allocation(self, t) -> str:
-        for i, like in enumerate(self.inputs):
-            alike = like is not None and t.dtype == like.dtype and t.shape == like.shape
-            if alike and torch.empty_like(like).stride() == t.strides:
-                return f"empty_like(t{i})"
-        if t.strides == (1,) and t.dtype == self.inputs[0].dtype:
-            return f"t0.new_empty({t.shape[0]})"
+        likes = {f"t{i}": like for i, like in enumerate(self.inputs) if like is not None}
+        alike = [name for name, like in likes.items() if like.dtype == t.dtype]
+        for name in alike:
+            like = likes[name]
+            if t.shape == like.shape and torch.empty_like(like).stride() == t.strides:
+                return f"empty_like({name})"
+        if t.strides == (1,) and alike:
+            return f"{alike[0]}.new_empty({t.shape[0]})"
         options = f"dtype={self._constant(t.dtype)}, device={self._constant(t.device)}"
         self.namespace["empty_strided"] = torch.empty_strided
         return f"empty_strided({tuple(t.shape)}, {t.strides}, {options})"
 
-    def _argument(self, value, prefix: str) -> str:
-        if isinstance(value, torch.Tensor):
-            return prefix + self._name(value)
-        return self._constant(value)
+    def _pointer(self, value) -> str:
+        if not isinstance(value, torch.Tensor):
+            return self._constant(value)
+        name, part = self._located(value)
+        return f"p_{name}" if part is None else f"p_{name} + {part.start * value.element_size()}"
+
+    def _tensor(self, value) -> str:
+        if not isinstance(value, torch.Tensor):
+            return self._constant(value)
+        name, part = self._located(value)
+        return name if part is None else f"{name}[{part.start}:{part.stop}]"
 
     def _launch_pointers(self, launches, bound):
         device = self.inputs[0].device
@@ -245,11 +281,11 @@ class _Writer:
         for launch, (run, grid, handles) in zip(launches, bound, strict=True):
             values = [launch.arguments.get(*default) for default in launch.kernel.defaults.items()]
             before = [*map(str, grid), stream, *map(self._constant, handles)]
-            arguments = [*before, *(self._argument(v, "p_") for v in values)]
+            arguments = [*before, *map(self._pointer, values)]
             self.lines.append(f"{self._constant(run)}({', '.join(arguments)})")
 
     def _launch_tensors(self, launches):
         for launch in launches:
             kernel = f"{self._constant(launch.kernel)}[{self._constant(launch.grid)}]"
-            arguments = (f"{n}={self._argument(v, '')}" for n, v in launch.arguments.items())
+            arguments = (f"{n}={self._tensor(v)}" for n, v in launch.arguments.items())
             self.lines.append(f"{kernel}({', '.join(arguments)})")

@@ -10,7 +10,6 @@ import torch
 import triton.language as tl
 
 from .. import heuristics
-from ..dtypes import compute_dtype
 from ..kernels import row as row_kernels
 from ..views import RowView, common_alignment, row_view
 from . import row_teams
@@ -20,9 +19,11 @@ from .common import (
     Kernel,
     fold_parameters,
     largest_cluster,
+    new_statistics,
     on_device,
     parameter_partials,
     planned,
+    statistics_of,
 )
 
 row_backward_kernel = Kernel(row_kernels.row_backward)
@@ -110,20 +111,33 @@ def _plan_rows(make, inputs, output, normalized_dims, options, *others):
     return plan, common_alignment(plan.view, tensors), inputs, output
 
 
-def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_format, save_statistics):
-    """y, mean and spread of the rows of x over its last `normalized_dims` dimensions.
+def kinds_of_statistics(options) -> int:
+    """How many kinds of statistics a row has."""
+    return 2 if options.norm == "layer" else 1
 
-    options are RowOptions. mean is None unless their norm is "layer"; spread is the norm for "l2" and
-    rstd otherwise; both are None unless `save_statistics`.
+
+def _statistics_arguments(statistics, m, options):
+    """The statistics as arguments of a kernel."""
+    if statistics is None:
+        return dict(mean_ptr=None, spread_ptr=None)
+    mean, spread = statistics_of(statistics, m)
+    return dict(mean_ptr=mean if options.norm == "layer" else None, spread_ptr=spread)
+
+
+def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_format, save_statistics):
+    """y, and the statistics of the rows of x over its last `normalized_dims` dimensions.
+
+    options are RowOptions. The statistics are a tensor as `statistics_of` takes it: of the mean, if the
+    norm is "layer", and of the spread, which is the norm for "l2" and rstd otherwise. It is None unless
+    `save_statistics`.
     """
     y = torch.empty_like(x, dtype=dtype, memory_format=memory_format)
-    mean = spread = None
+    statistics = None
     if save_statistics:
         m = prod(x.shape[: x.dim() - normalized_dims])
-        spread = torch.empty(m, dtype=compute_dtype(x), device=x.device)
-        mean = torch.empty_like(spread) if options.norm == "layer" else None
+        statistics = new_statistics(x, m, kinds_of_statistics(options))
     if x.numel() == 0:
-        return y, mean, spread
+        return y, statistics
 
     plan, align, (x,), target = _plan_rows(_plan_forward, (x,), y, normalized_dims, options)
     operands = dict(
@@ -131,8 +145,7 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
         y_ptr=target,
         weight_ptr=weight,
         bias_ptr=bias,
-        mean_ptr=mean,
-        spread_ptr=spread,
+        **_statistics_arguments(statistics, plan.view.m, options),
         ALIGN=align,
         **plan.arguments,
     )
@@ -143,15 +156,14 @@ def row_forward(x, weight, bias, normalized_dims, options, *, dtype, memory_form
             row_forward_looped[(plan.programs,)](**operands)
     if target is not y:
         y.copy_(target)
-    return y, mean, spread
+    return y, statistics
 
 
 def row_backward(
     dy,
     x,
     weight,
-    mean,
-    spread,
+    statistics,
     normalized_dims,
     options,
     *,
@@ -163,7 +175,7 @@ def row_backward(
 ):
     """dx, dweight and dbias `[N]`; None for what is not needed (a dtype that is None).
 
-    With `recover`, a tuple of the bias or None, x is the y of the forward pass, and mean is None.
+    With `recover`, a tuple of the bias or None, x is the y of the forward pass; no mean is read then.
     """
     dtypes = (dweight_dtype, dbias_dtype)
     dx = torch.empty_like(x, memory_format=memory_format) if needs_dx else None
@@ -178,13 +190,15 @@ def row_backward(
     )
     view, tile, programs, arguments = plan
     partials = parameter_partials(x, programs, view.n, dtypes)
+    statistics = _statistics_arguments(statistics, view.m, options)
+    if recover:
+        statistics["mean_ptr"] = None
     shared = dict(
         dy_ptr=dy,
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=recover[0] if recover else None,
-        mean_ptr=mean,
-        spread_ptr=spread,
+        **statistics,
         SAVED="y" if recover else "x",
         ALIGN=align,
         **arguments,
@@ -200,7 +214,7 @@ def row_backward(
         if not (split and row_teams.backward(view, programs, outputs | shared)):
             c1 = c2 = None
             if split:
-                c1, c2 = torch.empty_like(spread), torch.empty_like(spread)
+                c1, c2 = (torch.empty_like(statistics["spread_ptr"]) for _ in range(2))
                 row_gradient_means[(ceil(view.m / tile.rows),)](c1_ptr=c1, c2_ptr=c2, **shared)
             row_backward_kernel[(ceil(view.n / tile.block_n), programs)](
                 c1_ptr=c1,
