@@ -15,6 +15,7 @@ COMMANDS = {
     "profile": "what bounds the kernels of one operator: ncu, proton or torch.profiler (needs a GPU)",
     "forms": "how sets of channels are held on several GPUs, and the DRAM traffic by model (no GPU)",
     "overhead": "host time of a call beside that of torch.nn.functional (no GPU, or one)",
+    "blocks": "step times of transformer blocks, converted or not, eager or compiled (needs a GPU)",
     "demo": "train three small models with torch's norms and with ours, and compare the losses",
     "gpu": "on a GPU machine: install in place, test, benchmark, compare, plot",
 }

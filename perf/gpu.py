@@ -1,7 +1,8 @@
 """The whole run on a GPU machine: install in place, test, benchmark, compare, plot.
 
 It uses the Python that is there, with its torch and triton, and no network. Everything is kept in one
-folder named for the device: `tests.txt`, `bench.csv`, `compare.csv`, `compare.txt` and the plots.
+folder named for the device: `tests.txt`, `bench.csv`, `compare.csv`, `compare.txt`, `blocks.csv` and the
+plots.
 """
 
 import argparse
@@ -71,9 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(out: Path, arguments) -> int:
-    """Installs, tests, benchmarks, compares on a few shapes, and plots; 1 if the tests or the benchmark
-    failed. A loss is not a failure, nor is a failed plot: without matplotlib it can be drawn from the
-    CSV elsewhere."""
+    """Installs, tests, benchmarks, compares on a few shapes, times blocks, and plots; 1 if the tests,
+    the benchmark or the blocks failed. A loss is not a failure, nor is a failed plot: without matplotlib
+    it can be drawn from the CSV elsewhere."""
     install()
     tests = 0 if arguments.skip_tests else step("-m", "pytest", log=out / "tests.txt")
     shapes, dtypes = (QUICK_SETS, ("bf16",)) if arguments.quick else (FULL_SETS, FULL_DTYPES)
@@ -89,11 +90,13 @@ def measure(out: Path, arguments) -> int:
 
     bench, table = measured("bench", shapes, dtypes)
     measured("compare", QUICK_SETS, ("bf16",), log=out / "compare.txt")
+    blocks = step("-m", "perf", "blocks", "--out", os.path.relpath(out / "blocks.csv", machine.ROOT))
     step("-m", "perf", "roofline", table)
-    for name, status in (("tests", tests), ("bench", bench)):
+    statuses = {"tests": tests, "bench": bench, "blocks": blocks}
+    for name, status in statuses.items():
         if status:
             print(f"{name}: failed with status {status}")
-    return int(bool(tests or bench))
+    return int(any(statuses.values()))
 
 
 def run(arguments) -> int:

@@ -24,7 +24,8 @@ def test_gpu_benchmarks_compares_and_plots_even_if_tests_fail(
     monkeypatch.setattr(gpu, "step", step)
     assert main(monkeypatch, "gpu", "--quick", "--out", tmp_path) == status
     assert [arguments[1:3] for arguments in steps] == [
-        *(("pip", "install"), ("pytest",), ("perf", "bench"), ("perf", "compare"), ("perf", "roofline"))
+        *(("pip", "install"), ("pytest",), ("perf", "bench"), ("perf", "compare")),
+        *(("perf", "blocks"), ("perf", "roofline")),
     ]
     assert capsys.readouterr().out.endswith(f"results in {tmp_path}\n")
     parser = ArgumentParser()
