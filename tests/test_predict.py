@@ -248,6 +248,32 @@ def test_gates_of_kernels():
     loop = replace(walking().regions[1], divisions=1)
     assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
     assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}
+    spilling = of(gates.OF_KERNELS, kernel(stack=8))["1 spills"]
+    assert spilling.fails
+    assert spilling.how == "8 bytes of stack"
+
+
+def test_an_exemption_is_for_what_it_says():
+    """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
+    (five,) = (one for one in gates.EXEMPT if one.why == gates.FIVE_TILES)
+    gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
+    row = walking(dtype="fp32", line=5120, stack=8)
+    assert five.excuses(gate, row, (3, 6))
+    assert not five.excuses(gate, row, (3, 9))
+    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "bf16"}, {"kernel": "row_forward_looped"}):
+        assert not five.excuses(gate, replace(row, **changes), (3, 6))
+
+
+def test_what_nothing_needs_is_found():
+    """Of all that was compiled; not of other targets, dtypes or versions."""
+    every = ("sm_80", "sm_90", "sm_100"), ("bf16", "fp16", "fp32", "fp64")
+    missed = gates.missed(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))
+    idle = [one.why for one in gates.unneeded(missed, *every)]
+    assert "a float64 takes two" not in idle
+    assert gates.ROW_NUMBERS in idle
+    assert (gates.FIVE_TILES in idle) == (TRITON_VERSION == (3, 6))
+    assert gates.unneeded([], ("sm_90",), every[1]) == []
+    assert [one.why for one in gates.unneeded([], every[0], ("fp64",))] == ["a float64 takes two"]
 
 
 def test_what_is_exempt_is_named_and_does_not_fail():
@@ -257,7 +283,7 @@ def test_what_is_exempt_is_named_and_does_not_fail():
     loop = replace(walking().regions[1], divisions=1)
     strided = walking(regions=[Region(), loop], layout="strided")
     assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails
-    assert {name for name, _, _ in gates.EXEMPT} <= {gate.name for gate in gates.OF_KERNELS}
+    assert {one.gate for one in gates.EXEMPT} <= {gate.name for gate in gates.OF_KERNELS}
 
 
 @pytest.mark.parametrize(
