@@ -11,6 +11,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -200,22 +201,29 @@ def test_loops_around_and_folds():
     assert model.waits(quiet, TOY) == pytest.approx(3 * 200)
 
 
+def keeping(size: int) -> Device:
+    """A device whose L2 keeps so many bytes until they are read again, by its part that does."""
+    device = replace(TOY, l2_bytes=ceil(size / heuristics.l2.KEPT_SHARE))
+    assert 0 <= heuristics.l2.kept_bytes(device.facts) - size < 2
+    return device
+
+
 def test_what_is_read_twice():
     """In two loops x is read twice, unless L2 holds the rows that are under way: 60 of 8 KB, here."""
     loops = [Region(parent=0, loads={"x": 32}), Region(parent=0, loads={"x": 32}, stores={"y": 32})]
     k = kernel(regions=[Region(), *loops], instructions=[10.0, 100.0, 100.0])
     assert k.sweeps == {"x": 2, "y": 1}
     size = k.tensor_bytes["x"]
-    large = replace(TOY, l2_bytes=2 * 60 * 8 * KB)
+    large = keeping(60 * 8 * KB)
     assert model.device_bytes(k, large, held=False) == (2 * size + 32768, size)
-    small = replace(TOY, l2_bytes=2 * 59 * 8 * KB)
+    small = keeping(59 * 8 * KB)
     assert model.device_bytes(k, small, held=False) == (3 * size + 32768, 2 * size)
 
 
 def test_partial_results_stay_in_l2_as_far_as_they_fit():
     k = walking(tensor_bytes={"dweight_partial": 400 * KB})
-    assert model.device_bytes(k, TOY, held=False)[0] == 0
-    assert model.device_bytes(k, replace(TOY, l2_bytes=799 * KB), held=False)[0] == 400 * KB
+    assert model.device_bytes(k, keeping(400 * KB), held=False)[0] == 0
+    assert model.device_bytes(k, keeping(399 * KB), held=False)[0] == 400 * KB
 
 
 def test_a_small_tensor_is_read_once_by_several_launches():
