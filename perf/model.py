@@ -46,6 +46,9 @@ BARRIER_CYCLES = 30
 """What the warps of a program wait for each other (unmeasured); of a cluster, whose blocks meet through
 its SMs' network, more, which is not told apart."""
 
+L2_SPEED = 2.5
+"""Bytes that L2 serves while the memory serves one (unmeasured)."""
+
 SM_BYTES_A_CYCLE = 64
 """What one SM takes from L2 at most, where few are busy (NVIDIA's A100 whitepaper)."""
 
@@ -138,8 +141,9 @@ def waits(k: Lowered, device: Device) -> float:
 
 def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
     """Bytes of device memory that a launch moves, and those of them that it reads. L2 serves what it
-    keeps (`heuristics.l2`), if it keeps all: partial results, what a program reads again while it lasts,
-    and the inputs if they are `held` since an earlier launch."""
+    keeps (`heuristics.l2`), if it keeps all: partial results that are read, which count as so many fewer
+    bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
+    launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
     slots = k.resident * device.processors
     moved = read = 0.0
@@ -151,7 +155,9 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
             if held and name in INPUTS:
                 times = 0.0
         else:
-            times = float(not name.endswith(BESIDE) or size > share)
+            written = any(name in region.stores for region in k.regions)
+            kept = name.endswith(BESIDE) and size <= share and not written
+            times = 1 / L2_SPEED if kept else 1.0
         moved += times * size
         if any(name in region.loads for region in k.regions):
             read += times * size

@@ -4,6 +4,7 @@ and a few real kernels whose loops must add up to the bytes that the interpreter
 Compilation runs in processes of its own, where kernels are not interpreted.
 """
 
+import ast
 import csv
 import json
 import os
@@ -220,10 +221,48 @@ def test_what_is_read_twice():
     assert model.device_bytes(k, small, held=False) == (3 * size + 32768, 2 * size)
 
 
-def test_partial_results_stay_in_l2_as_far_as_they_fit():
-    k = walking(tensor_bytes={"dweight_partial": 400 * KB})
-    assert model.device_bytes(k, keeping(400 * KB), held=False)[0] == 0
-    assert model.device_bytes(k, keeping(399 * KB), held=False)[0] == 400 * KB
+def test_partial_results_are_read_from_l2_as_far_as_they_fit():
+    """What is written leaves L2 in the end; what is read is there, if all of it fits."""
+    written = walking(tensor_bytes={"dweight_partial": 400 * KB})
+    for size in (400 * KB, 399 * KB):
+        assert model.device_bytes(written, keeping(size), held=False) == (400 * KB, 0)
+    fold = replace(written, regions=[Region(loads={"dweight_partial": 32})])
+    served = 400 * KB / model.L2_SPEED
+    assert model.device_bytes(fold, keeping(400 * KB), held=False) == (served, served)
+    assert model.device_bytes(fold, keeping(399 * KB), held=False) == (400 * KB, 400 * KB)
+
+
+PARTIALS = """
+from perf import devices, predict
+from perf.shapes import Case
+from tritonnorm.heuristics import common
+
+found = {}
+cases = [Case("layer_norm", "backward", (4096, 1024), "bf16")]
+for common.SMALL_PARTIALS in (256, common.SMALL_PARTIALS, common.MAX_PARTIALS):
+    for name in ("A100", "H100", "B200"):
+        device = devices.find(name)
+        (predicted,) = predict.predict(cases, device.target, [device])
+        found.setdefault(name, []).append(predicted.us)
+print(found)
+"""
+
+
+def test_few_programs_are_faster_for_small_tensors():
+    """By the model, than as many as large tensors have: by a twentieth at least on an H100 and a B200,
+    whose SMs fewer still would leave without work."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, "-c", PARTIALS],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    times = ast.literal_eval(found.stdout)
+    for name, (fewer, ours, more) in times.items():
+        assert ours < (1 if name == "A100" else 0.95) * more, name
+        assert (ours < 0.95 * fewer) == (name != "A100"), name
 
 
 def test_a_small_tensor_is_read_once_by_several_launches():
