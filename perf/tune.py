@@ -35,13 +35,14 @@ from tritonnorm.heuristics.table import Choices
 from . import devices, machine
 from .agreement import disagreement
 from .bench import USAGE_STATUS, DeviceLost, add_case_arguments, check_device
+from .calls import make_call, make_inputs
 from .candidates import neighbours
 from .compare import together
 from .compiled import TARGETS, lower
 from .launches import H100, Instead, Noted, choosing, device_facts, observe
 from .launches import run as run_case
 from .lowering import ROWS
-from .providers import LOADERS, describe, make_call, make_inputs
+from .providers import LOADERS, describe
 from .shapes import CHANNEL_OPERATORS, OPERATORS, ROW_OPERATORS, Case, make_cases, parse_shapes
 from .table import OURS, TIE
 from .timer import DeviceTimer
