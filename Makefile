@@ -1,8 +1,10 @@
 # `make demo` and `make test` prepare an environment of their own in .venv; `make gpu` uses the Python
-# that is there, with its torch and triton, and needs no network.
+# that is there, with its torch and triton, and needs no network. With TRITON=3.6.0 `make gate` and `make
+# test` use that Triton, in an environment of its own.
 PYTHON ?= python3
 WORKERS ?= auto
-VENV := .venv
+TRITON ?=
+VENV := .venv$(TRITON:%=-triton-%)
 STAMP := $(VENV)/installed
 
 .PHONY: demo test gate gpu lint clean
@@ -25,9 +27,12 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-triton-* build *.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+ifneq ($(TRITON),)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$(TRITON) 'numpy<2.4'
+endif
 	touch $@

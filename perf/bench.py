@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from . import devices, machine
+from .calls import make_call, make_copy, make_inputs, max_error
 from .predictions import in_own_process, unexpected
-from .providers import LOADERS, Provider, describe, load, make_call, make_copy, make_inputs, max_error
+from .providers import LOADERS, Provider, describe, load
 from .shapes import DEFAULT_SETS, DTYPES, OPERATORS, PASSES, SHAPE_SETS, Case, make_cases, parse_shapes
 from .table import OURS, Table, case_fields, summary
 from .timer import DeviceTimer, Timing

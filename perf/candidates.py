@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from functools import partial
+from math import ceil, prod
 
 from tritonnorm.heuristics import table
 from tritonnorm.heuristics.channels import GroupTile, Pieces
 from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two, registers
+from tritonnorm.heuristics.rows import BACKWARD_CHUNKS, CHUNK_REGISTERS, FORWARD_CHUNKS
 
 STEPS = (0.5, 2)
 """The numbers that are varied are powers of two, and their neighbours half and twice of them; no
 further, since what is two steps away has four times as many registers a thread, or a quarter of the
-loads in flight. Clusters and chunks stay as they are."""
+loads in flight."""
 
 BOTH = (
     *((step, 1) for step in STEPS),
@@ -29,16 +31,44 @@ def _times(number: int, factor: float) -> int:
     return int(number * factor)
 
 
-def _row_tiles(tile: RowTile, n: int, **_) -> Iterator[RowTile]:
+def _row_tiles(
+    tile: RowTile, n: int, itemsize: int, strided: bool, chunks: Mapping[int, tuple[int, ...]], **_
+) -> Iterator[RowTile]:
+    """Those of a pass whose rows may be held in so many tiles side by side, by bytes an element."""
     for of_rows, of_warps in BOTH:
         rows, num_warps = _times(tile.rows, of_rows), _times(tile.num_warps, of_warps)
         yield replace(tile, rows=rows, num_warps=num_warps)
-    if tile.block_n < n:
+    if tile.block_n >= n and not strided:
+        if tile.rows == tile.chunks == 1:
+            yield from _clusters(tile)
+        if tile.num_ctas == 1:
+            yield from _in_chunks(tile, n, chunks[itemsize])
+    elif tile.block_n < n:
         for of_block, of_warps in BOTH:
             block_n, num_warps = _times(tile.block_n, of_block), _times(tile.num_warps, of_warps)
             yield replace(tile, block_n=block_n, num_warps=num_warps)
         if power_of_two(n) <= RESIDENT_AFTER_ALL:
             yield replace(tile, rows=1, block_n=power_of_two(n), num_warps=MAX_WARPS)
+
+
+def _clusters(tile: RowTile) -> Iterator[RowTile]:
+    """The row in more blocks or fewer, of as many warps, or with as many elements a thread."""
+    for step in STEPS:
+        num_ctas = _times(tile.num_ctas, step)
+        yield replace(tile, num_ctas=num_ctas)
+        yield replace(tile, num_ctas=num_ctas, num_warps=_times(tile.num_warps, 1 / step))
+
+
+def _in_chunks(tile: RowTile, n: int, counts: tuple[int, ...]) -> Iterator[RowTile]:
+    """The row in other numbers of tiles, with about as many elements a thread, or half of them; of
+    several tiles also with as few registers as the heuristics give them."""
+    a_warp = tile.rows * tile.block_n // tile.num_warps
+    for count in counts:
+        block_n = power_of_two(ceil(n / count)) * count
+        as_many = power_of_two(ceil(tile.rows * block_n / a_warp))
+        for num_warps in (as_many, 2 * as_many):
+            for most in (None, CHUNK_REGISTERS) if count > 1 else (None,):
+                yield replace(tile, block_n=block_n, num_warps=num_warps, chunks=count, registers=most)
 
 
 def _programs(programs: int, **_) -> Iterator[int]:
@@ -88,8 +118,8 @@ def _teams(preferred: bool, **_) -> Iterator[bool]:
 
 
 NEIGHBOURS = {
-    "row_forward": _row_tiles,
-    "row_backward": _row_tiles,
+    "row_forward": partial(_row_tiles, chunks=FORWARD_CHUNKS),
+    "row_backward": partial(_row_tiles, chunks=BACKWARD_CHUNKS),
     "row_programs": _programs,
     "group_forward": _group_tiles,
     "group_backward": _group_tiles,
@@ -100,13 +130,13 @@ NEIGHBOURS = {
 }
 
 
-def _elements(answer) -> int | None:
-    """Elements of a tile; None for what is none."""
+def _leaves_threads_idle(answer) -> bool:
+    """Whether a tile has fewer elements than its program has threads."""
     if isinstance(answer, RowTile):
-        return answer.rows * answer.block_n
+        return answer.rows * answer.block_n < answer.num_ctas * answer.num_warps * WARP
     if isinstance(answer, GroupTile | Pieces):
-        return prod((answer.block_c, answer.block_s))
-    return None
+        return prod((answer.block_c, answer.block_s)) < answer.num_warps * WARP
+    return False
 
 
 def neighbours(choice: str, arguments: Mapping, chosen) -> list:
@@ -114,8 +144,8 @@ def neighbours(choice: str, arguments: Mapping, chosen) -> list:
     threads without an element."""
     found = []
     for answer in NEIGHBOURS[choice](chosen, **arguments):
-        idle = (elements := _elements(answer)) is not None and elements < answer.num_warps * WARP
         known = answer == chosen or answer in found
-        if not idle and not known and table.flaw(choice, arguments, answer) is None:
+        legal = table.flaw(choice, arguments, answer) is None
+        if legal and not known and not _leaves_threads_idle(answer):
             found.append(answer)
     return found

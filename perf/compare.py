@@ -17,7 +17,8 @@ from math import inf
 
 from .bench import add_arguments as add_bench_arguments
 from .bench import add_row, attempt, checked, run_command, timed
-from .providers import LOADERS, Provider, describe, make_call, make_copy, make_inputs
+from .calls import make_call, make_copy, make_inputs
+from .providers import LOADERS, Provider, describe
 from .shapes import Case
 from .table import OURS, TIE, Table, read_case
 from .timer import TurnFailed, alternate

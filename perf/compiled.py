@@ -244,9 +244,12 @@ class Lowered:
     @property
     def violations(self) -> list[str]:
         """Which of the gates 1 to 3 this kernel fails: spills, narrow accesses, more than one read."""
+        return [f"spills: {self.stack} bytes of stack"] * (self.stack > 0) + self.misread
+
+    @property
+    def misread(self) -> list[str]:
+        """Which of the gates 2 and 3 it fails, from which nothing is exempt."""
         found = []
-        if self.stack:
-            found.append(f"spills: {self.stack} bytes of stack")
         for tensor in self.activations:
             if self.line * self.itemsize % WIDE:
                 continue

@@ -1,7 +1,8 @@
 """How the sets of the channel view are held on GPUs that are not there, and what a model says of DRAM.
 
 The forms are those of the launches that tritonnorm would make where teams are allowed; the bytes are
-those of `heuristics.l2`. Nothing is measured, and nothing run.
+those of `heuristics.l2`, bandwidths and the time of a launch those of `model.py`. Nothing is measured,
+and nothing run.
 """
 
 from dataclasses import dataclass
@@ -10,41 +11,17 @@ from math import ceil, prod
 from tritonnorm.heuristics import l2
 from tritonnorm.heuristics.common import DeviceFacts
 
-from . import devices
+from .devices import DEVICES, MB, Device
 from .launches import plan_channels
+from .model import LAUNCH_NS, bandwidth
 from .shapes import OPERATORS, PASSES, SHAPE_SETS, Case
 from .traffic import tensor_bytes
 
-MB = 2**20
 SETS = ("gn", "gn_8_groups", "unet", "bn", "in")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU: what launch choices know of it, and the bytes a second of a copy (rounded; A100 and B200 by
-    their data sheets, less a tenth)."""
-
-    facts: DeviceFacts
-    bandwidth: float
-
-
-GPUS = {
-    "A100": Gpu(devices.find("A100").facts, 1.8e12),
-    "H100": Gpu(devices.find("H100").facts, 3.0e12),
-    "H200": Gpu(devices.find("H200").facts, 4.3e12),
-    "B200": Gpu(devices.find("B200").facts, 7.0e12),
-}
-
-HOST_SECONDS = 10e-6
+HOST_NS = 10_000
 """Host time of an eager launch; in a CUDA graph it is next to nothing (unmeasured)."""
-
-GAP_SECONDS = 2.5e-6
-"""Time of a launch in which memory rests: the last programs of one, and the start of the next
-(unmeasured)."""
-
-
-STEP_SECONDS = 1e-6
-"""Time of a step of a fold, which waits for L2 or, at worst, for DRAM (unmeasured)."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +46,16 @@ def form(case: Case, facts: DeviceFacts) -> Form:
     return Form(name, prod(grid), moved / t)
 
 
-def fold_seconds(case: Case, gpu: Gpu) -> float:
-    """Time of the launches that fold partial results, by their bytes and steps; the launches' own gaps
-    are beside it."""
-    seconds = 0.0
-    for kernel, _, arguments in plan_channels(case, gpu.facts):
+def memory_ns(case: Case, device: Device) -> float:
+    """Time of the DRAM traffic of a pass."""
+    return form(case, device.facts).dram * tensor_bytes(case) / bandwidth(device)
+
+
+def fold_ns(case: Case, device: Device) -> float:
+    """Time of the launches that fold partial results, by their bytes and steps, each of which waits for
+    L2 or, at worst, for DRAM; the launches' own time is beside it."""
+    ns = 0.0
+    for kernel, _, arguments in plan_channels(case, device.facts):
         if not kernel.__name__.startswith("fold_"):
             continue
         pieces = arguments["P" if "P" in arguments else "PIECES"]
@@ -81,22 +63,22 @@ def fold_seconds(case: Case, gpu: Gpu) -> float:
         if arguments.get("ONE_SET"):
             steps *= ceil(arguments["CG"] / arguments["BLOCK_C"])
         partial = sum(t.nbytes for name, t in arguments.items() if name.endswith("_partial_ptr"))
-        seconds += steps * STEP_SECONDS + 2 * partial / gpu.bandwidth
-    return seconds
+        ns += steps * device.dram_latency + 2 * partial / bandwidth(device)
+    return ns
 
 
-def split_seconds(read: int, written: int, gpu: Gpu) -> float:
+def split_ns(read: int, written: int, device: Device) -> float:
     """Time of a pass of three launches over all of its tensors."""
-    moved = l2.two_reads(read, written, l2.kept_bytes(gpu.facts))
-    return max(moved / gpu.bandwidth + 3 * GAP_SECONDS, 3 * HOST_SECONDS)
+    moved = l2.two_reads(read, written, l2.kept_bytes(device.facts))
+    return max(moved / bandwidth(device) + 3 * LAUNCH_NS, 3 * HOST_NS)
 
 
-def chunked_seconds(read: int, written: int, gpu: Gpu, host: float = HOST_SECONDS) -> float:
+def chunked_ns(read: int, written: int, device: Device, host: float = HOST_NS) -> float:
     """Time of the same pass, the same launches once for each chunk that L2 keeps. Those of small chunks
     wait for the host, or for each other."""
-    chunks = -(-read // l2.kept_bytes(gpu.facts))
+    chunks = -(-read // l2.kept_bytes(device.facts))
     launches = 3 * chunks
-    return max(l2.one_read(read, written) / gpu.bandwidth + launches * GAP_SECONDS, launches * host)
+    return max(l2.one_read(read, written) / bandwidth(device) + launches * LAUNCH_NS, launches * host)
 
 
 def cases(dtype: str = "bf16") -> list[Case]:
@@ -113,9 +95,9 @@ def cases(dtype: str = "bf16") -> list[Case]:
 
 def table() -> str:
     """One line a case: form, programs and DRAM traffic on every GPU."""
-    lines = [f"{'case':<60} {'MB':>5}" + "".join(f" {name:>21}" for name in GPUS)]
+    lines = [f"{'case':<60} {'MB':>5}" + "".join(f" {device.short:>21}" for device in DEVICES)]
     for case in cases():
-        found = [form(case, gpu.facts) for gpu in GPUS.values()]
+        found = [form(case, device.facts) for device in DEVICES]
         lines.append(
             f"{case.label:<60} {tensor_bytes(case) / MB:>5.0f}"
             + "".join(f" {f.name:>8} {f.programs:>6} {f.dram:.2f}T" for f in found)

@@ -1,13 +1,15 @@
-"""What every shipped configuration is held to beside spills, widths and bytes: the thresholds, as data.
+"""What every shipped configuration is held to beside widths and bytes: the thresholds, as data.
 
 A gate is `enforced` once every configuration meets it, but for those of EXEMPT; until then what misses
-it is listed. What is exempt is listed too.
+it is listed. What is exempt is listed too; an exemption that nothing needs fails, as a missed gate does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .compiled import Lowered
+from tritonnorm.launch.common import TRITON_VERSION
+
+from .compiled import TARGETS, Lowered
 from .devices import KB, Device
 from .shapes import OPERATORS
 
@@ -24,6 +26,7 @@ ROW_BARRIERS = {"layer": 3, "rms": 1, "l2": 1}
 """Barriers a row, at most: two for each reduction but the last."""
 
 TEAMS = ("team_forward", "team_backward")
+ROW_NUMBERS = "of strided rows' numbers, not of elements'"
 ROOM = "as many as leave room for all programs of teams"
 
 WAVES = 4
@@ -37,6 +40,10 @@ class Gate:
     name: str  # with its number in the list of gates
     enforced: bool
     miss: Callable[..., str | None]
+
+
+def spills(k: Lowered) -> str | None:
+    return f"{k.stack} bytes of stack" if k.stack else None
 
 
 def registers(k: Lowered) -> str | None:
@@ -86,6 +93,7 @@ def grid(k: Lowered, device: Device) -> str | None:
 
 
 OF_KERNELS = (
+    Gate("1 spills", True, spills),
     Gate("4 registers", True, registers),
     Gate("5 bytes in flight", False, in_flight),
     Gate("7 divisions", True, divisions),
@@ -99,14 +107,62 @@ OF_LAUNCHES = (
 )
 """Gates of a launch of some size on a device."""
 
+
+@dataclass(frozen=True)
+class Exemption:
+    """What may miss an enforced gate, and why: kernels compiled for some targets and dtypes, by any
+    Triton or by one."""
+
+    gate: str
+    why: str
+    of: Callable[[Lowered], bool]
+    dtypes: tuple[str, ...] = ("bf16", "fp32", "fp64")  # float16 is lowered as bfloat16 is
+    targets: tuple[str, ...] = TARGETS
+    triton: tuple[int, int] | None = None
+
+    def excuses(self, gate: Gate, k: Lowered, triton=TRITON_VERSION) -> bool:
+        return (
+            self.gate == gate.name
+            and self.triton in (None, triton)
+            and k.target in self.targets
+            and k.dtype in self.dtypes
+            and self.of(k)
+        )
+
+
+def _two_registers(kernel: str, n: int | None = None) -> Callable[[Lowered], bool]:
+    """Whether it is this kernel, of lines of n elements, and spills no more than two registers."""
+    return lambda k: k.kernel == kernel and n in (None, k.line) and k.stack <= 8
+
+
+FIVE_TILES = "5 tiles a row: with more than 128 registers one block is on an SM, not two"
+THREE_TILES = "3 tiles a row: with more than 128 registers one block is on an SM, not two"
+NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
+NARROW_ROWS = "an address each; with 128 what starts from the output spills"
+TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
+
 EXEMPT = (
-    ("4 registers", "a float64 takes two", lambda k: k.dtype == "fp64"),
-    ("4 registers", "a row of one element is its own", lambda k: k.tile[1] == 1),
-    ("7 divisions", "of strided rows' numbers, not of elements'", lambda k: k.layout == "strided"),
-    ("4 registers", ROOM, lambda k: k.kernel in TEAMS),
-    ("4 registers", "moments a lane, which fewer spill", lambda k: k.kernel == "channel_moments"),
+    Exemption("4 registers", "a float64 takes two", lambda k: True, ("fp64",)),
+    Exemption("4 registers", "a row of one element is its own", lambda k: k.tile[1] == 1),
+    Exemption("7 divisions", ROW_NUMBERS, lambda k: k.layout == "strided"),
+    Exemption("4 registers", ROOM, lambda k: k.kernel in TEAMS),
+    Exemption("1 spills", FIVE_TILES, _two_registers("row_backward", 5120), ("fp32",), triton=(3, 6)),
+    Exemption(
+        "1 spills", THREE_TILES, _two_registers("row_backward", 5120), ("bf16",), ("sm_100",), (3, 6)
+    ),
+    Exemption(
+        "1 spills", NARROW_WARPS, _two_registers("row_backward", 5121), ("bf16",), ("sm_80",), (3, 6)
+    ),
+    Exemption(
+        "4 registers", NARROW_ROWS, _two_registers("row_backward", 1001), ("bf16",), ("sm_80",), (3, 6)
+    ),
+    Exemption("1 spills", TEAMS_OFF, _two_registers("team_backward"), ("bf16",), ("sm_80",), (3, 6)),
+    Exemption(
+        "1 spills", TEAMS_OFF, _two_registers("row_team_backward"), ("bf16",), ("sm_100",), (3, 6)
+    ),
 )
-"""What may miss an enforced gate, and why."""
+"""What is exempt. What older Tritons spill was looked for with 3.6.0, with which every launch is
+compiled as with the pinned one; 3.8 spills none of it."""
 
 
 @dataclass(frozen=True)
@@ -115,21 +171,34 @@ class Miss:
 
     gate: Gate
     how: str
-    exempt: str | None  # why it may
+    exempt: Exemption | None  # by which it may
 
     @property
     def fails(self) -> bool:
         return self.gate.enforced and self.exempt is None
 
     def line(self, of_what: str) -> str:
-        why = f" (exempt: {self.exempt})" if self.exempt else ""
+        why = f" (exempt: {self.exempt.why})" if self.exempt else ""
         return f"missed: gate {self.gate.name}, {of_what}: {self.how}{why}"
 
 
 def missed(gates, k: Lowered, *device: Device) -> list[Miss]:
     """How a kernel, or a launch on a device, misses gates."""
     return [
-        Miss(gate, how, next((why for name, why, of in EXEMPT if name == gate.name and of(k)), None))
+        Miss(gate, how, next((one for one in EXEMPT if one.excuses(gate, k)), None))
         for gate in gates
         if (how := gate.miss(k, *device))
+    ]
+
+
+def unneeded(missed: Iterable[Miss], targets, dtypes) -> list[Exemption]:
+    """The exemptions that nothing needs, of those from what is compiled for these targets and dtypes."""
+    needed = [miss.exempt for miss in missed]
+    return [
+        one
+        for one in EXEMPT
+        if one not in needed
+        and one.triton in (None, TRITON_VERSION)
+        and set(one.targets) <= set(targets)
+        and set(one.dtypes) <= set(dtypes)
     ]

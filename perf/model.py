@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from tritonnorm.heuristics import l2
+
 from . import devices
 from .compiled import Lowered
 from .devices import Device
@@ -33,7 +35,8 @@ COPY_SHARE = 0.9
 H200, 7.1 of 8 on a GB300, as published with peers' kernels. Of an A100 assumed."""
 
 LAUNCH_NS = 2000
-"""What a launch adds to its work: until its programs start, and the next launch may (unmeasured)."""
+"""What a launch adds to its work: until its programs start, and the next launch may (unmeasured). In a
+CUDA graph as well: the host's time is not in it."""
 
 INSTRUCTION_CYCLES = 2
 """From an instruction of a warp to its next: half of the latency of an addition, as if half of them
@@ -43,8 +46,8 @@ BARRIER_CYCLES = 30
 """What the warps of a program wait for each other (unmeasured); of a cluster, whose blocks meet through
 its SMs' network, more, which is not told apart."""
 
-L2_SHARE = 0.5
-"""Part of L2 in which what is read again is found: the rest holds what is written (unmeasured)."""
+L2_SPEED = 2.5
+"""Bytes that L2 serves while the memory serves one (unmeasured)."""
 
 SM_BYTES_A_CYCLE = 64
 """What one SM takes from L2 at most, where few are busy (NVIDIA's A100 whitepaper)."""
@@ -137,10 +140,11 @@ def waits(k: Lowered, device: Device) -> float:
 
 
 def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
-    """Bytes of device memory that a launch moves, and those of them that it reads. L2 serves what fits
-    in its share: partial results, what a program reads again while it lasts, and the inputs if they
-    are `held` since an earlier launch."""
-    share = L2_SHARE * device.l2_bytes
+    """Bytes of device memory that a launch moves, and those of them that it reads. L2 serves what it
+    keeps (`heuristics.l2`), if it keeps all: partial results that are read, which count as so many fewer
+    bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
+    launch. Partial results that are written leave L2 in the end."""
+    share = l2.kept_bytes(device.facts)
     slots = k.resident * device.processors
     moved = read = 0.0
     for name, size in k.tensor_bytes.items():
@@ -151,7 +155,9 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
             if held and name in INPUTS:
                 times = 0.0
         else:
-            times = float(not name.endswith(BESIDE) or size > share)
+            written = any(name in region.stores for region in k.regions)
+            kept = name.endswith(BESIDE) and size <= share and not written
+            times = 1 / L2_SPEED if kept else 1.0
         moved += times * size
         if any(name in region.loads for region in k.regions):
             read += times * size
@@ -177,7 +183,7 @@ def pass_time(launches: Sequence[Lowered], device: Device) -> Prediction:
     parts, alone, seen = Counter(), Counter(), 0
     for k in launches:
         inputs = sum(k.tensor_bytes[name] for name in INPUTS if name in k.sweeps)
-        held = 0 < inputs <= seen and seen <= L2_SHARE * device.l2_bytes
+        held = 0 < inputs <= seen and seen <= l2.kept_bytes(device.facts)
         found = launch_time(work_of(k, device, held), device)
         parts.update(found.parts)
         alone.update(found.alone)

@@ -14,8 +14,9 @@ import torch
 
 from . import devices, machine, ncu, profilers
 from .bench import USAGE_STATUS
+from .calls import make_call, make_copy, make_inputs
 from .predictions import in_own_process
-from .providers import LOADERS, describe, load, make_call, make_copy, make_inputs
+from .providers import LOADERS, describe, load
 from .reading import report
 from .shapes import DTYPES, LAYOUTS, OPERATORS, PASSES, Case, parse_shapes
 from .table import OURS

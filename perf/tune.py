@@ -3,9 +3,10 @@ architecture.
 
 For every choice that the cases ask for, the answers near the heuristic's that are legal and compile
 cleanly (no spills, wide accesses, one read) take turns with it, on all cases that share the choice:
-every operator, and three sizes of tensors. One is kept only if it is faster by more than the noise over
-all of them and slower in none, and is so again in a second measurement. `--dry-run` needs no GPU: it
-lists what would be tried, and what of it compiles cleanly.
+every operator, and three sizes of tensors. Before, its results are compared with those of the
+heuristic's: what differs by more than the order of its sums is refused. One is kept only if it is faster
+by more than the noise over all cases and slower in none, and is so again in a second measurement.
+`--dry-run` needs no GPU: it lists what would be tried, and what of it compiles cleanly.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from tritonnorm.heuristics.channels import group_backward, group_forward
 from tritonnorm.heuristics.table import Choices
 
 from . import devices, machine
+from .agreement import disagreement
 from .bench import USAGE_STATUS, DeviceLost, add_case_arguments, check_device
+from .calls import make_call, make_inputs
 from .candidates import neighbours
 from .compare import together
 from .compiled import TARGETS, lower
@@ -127,12 +130,16 @@ def asked(cases, facts) -> list[Choice]:
     return sorted(choices, key=lambda choice: order.index(choice.name))
 
 
+def answering(choice: Choice, answer, entries=None) -> Instead:
+    """Choices by which `small` cases are launched with an answer: those of pieces in pieces, also where
+    fewer images would be resident."""
+    resident = {group_forward: None, group_backward: None} if choice.name in IN_PIECES else {}
+    return Instead({choice.heuristic: answer, **resident}, entries)
+
+
 def violations(target: str, facts, choice: Choice, answer) -> list[str]:
     """What the compiler makes of an answer that lowering's gates refuse, in a process of its own. Of
     teams nothing but where two images take some: lowering has cases for them."""
-    answers = {choice.heuristic: answer}
-    if choice.name in IN_PIECES:  # also where fewer images would be resident
-        answers |= {group_forward: None, group_backward: None}
     cases = dict.fromkeys(small(case) for case in choice.cases)
     chosen = [(case, None) for case in cases]
     chosen += [
@@ -141,7 +148,7 @@ def violations(target: str, facts, choice: Choice, answer) -> list[str]:
         if (case.operator, case.direction) == ("layer_norm", "backward")
     ]
     with device_facts(facts):
-        found = lower(target, chosen, choices=Instead(answers))
+        found = lower(target, chosen, choices=answering(choice, answer))
     kernels = (k for launches in found for k in launches)
     return list(dict.fromkeys(f"{k.kernel}: {v}" for k in kernels for v in k.violations))
 
@@ -161,6 +168,33 @@ def tried(pool, target: str, facts, choice: Choice) -> Iterator[tuple[object, li
             yield answer, compiled.result()
         except Exception as error:  # whatever the compiler raises
             yield answer, [describe(error)]
+
+
+def refusal(choice: Choice, answer, entries, device) -> str | None:
+    """Why an answer is neither timed nor written: it gives another result than the heuristic's, of some
+    small case; or an error. None if it does not.
+
+    Raises DeviceLost if it has ended the device's context.
+    """
+    ours = LOADERS[OURS]()
+    for case in dict.fromkeys(small(case) for case in choice.cases):
+        inputs = make_inputs(case, device)
+        terms = max(case.set_size, case.elements // case.parameter_size)  # of the longest sum
+
+        def results(of, case=case, inputs=inputs):
+            around = partial(choosing, answering(choice, of, entries))
+            return make_call(replace(ours, around=around), case, inputs)()
+
+        expected = results(choice.chosen)
+        try:
+            found = results(answer)
+            for number, pair in enumerate(zip(expected, found, strict=True)):
+                if reason := disagreement(*pair, terms=terms):
+                    return f"result {number} of {case.label} has {reason}"
+        except Exception as error:  # whatever the launch raises
+            check_device()
+            return f"{case.label}: {describe(error)}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -220,7 +254,12 @@ def measure(choice: Choice, answers: Mapping[str, object], entries, timer, devic
 def tune(choice: Choice, answers, entries, timer, device) -> tuple[object, Gain] | None:
     """The answer that is kept in place of the heuristic's, and the gain that a second measurement found;
     None if there is none."""
-    named = {text_of(answer): answer for answer in answers}
+    named = {}
+    for answer in answers:
+        if reason := refusal(choice, answer, entries, device):
+            print(f"  {text_of(answer)} is refused: {reason}", file=sys.stderr)
+        else:
+            named[text_of(answer)] = answer
     if not named:
         return None
     name = best(measure(choice, named, entries, timer, device))

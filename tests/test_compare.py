@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perf import __main__ as perf_main
-from perf import bench, compare, machine, providers
+from perf import bench, calls, compare, machine, providers
 from perf.providers import Provider, operators_of_torch
 from perf.shapes import Case
 from perf.table import OURS, Table, case_fields
@@ -284,7 +284,7 @@ def command(monkeypatch, clock, tmp_path):
         monkeypatch.setattr(machine, "refusal", lambda: None)
         monkeypatch.setattr(bench, "DeviceTimer", lambda: clock)
         for name in ("make_inputs", "make_copy"):
-            function = getattr(providers, name)
+            function = getattr(calls, name)
             monkeypatch.setattr(compare, name, lambda case, device, make=function: make(case, "cpu"))
         for name, time in ((OURS, ours), ("torch", theirs)):
             loaded = provider(name, clock.taking(time))

@@ -3,11 +3,12 @@
 import pytest
 
 from perf import forms
-from perf.forms import GPUS, MB
+from perf.devices import DEVICES, MB, find
 from perf.shapes import Case
 from perf.traffic import tensor_bytes
 from tritonnorm.heuristics import l2
 
+GPUS = tuple(device.short for device in DEVICES)
 TOO_LARGE = {
     # Channels side by side: 64 of them at all positions of an image, or of the batch, are a unit.
     ("batch_norm", "4x128x1024x1024", "channels_last"): GPUS,
@@ -31,7 +32,7 @@ TOO_LARGE_BACKWARD = {
 def test_every_set_that_fits_is_read_once(gpu):
     """At the shapes at which peers measure: 2T and 3T, but for slabs that cannot fit."""
     for case in forms.cases():
-        found = forms.form(case, GPUS[gpu].facts)
+        found = forms.form(case, find(gpu).facts)
         key = case.operator, case.name, case.layout
         large = TOO_LARGE | (TOO_LARGE_BACKWARD if case.direction == "backward" else {})
         least = 2 if case.direction == "forward" else 3
@@ -48,29 +49,27 @@ def test_folds_take_little(gpu):
     """At most 5% of the time of memory, of tensors of 64 MB and more."""
     for case in forms.cases():
         if tensor_bytes(case) >= 64 * 10**6:
-            seconds = forms.form(case, GPUS[gpu].facts).dram * tensor_bytes(case) / GPUS[gpu].bandwidth
-            assert forms.fold_seconds(case, GPUS[gpu]) <= 0.05 * seconds, case
+            most = 0.05 * forms.memory_ns(case, find(gpu))
+            assert forms.fold_ns(case, find(gpu)) <= most, case
 
 
 def test_a_long_fold_is_noticed():
     """The check above can fail: 16 MB are too few for the folds of as many pieces."""
     case = Case("batch_norm", "backward", (1, 64, 384, 384), "bf16", "channels_last")
-    gpu = GPUS["B200"]
-    seconds = forms.form(case, gpu.facts).dram * tensor_bytes(case) / gpu.bandwidth
-    assert forms.fold_seconds(case, gpu) > 0.05 * seconds
+    assert forms.fold_ns(case, find("B200")) > 0.05 * forms.memory_ns(case, find("B200"))
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("size", [64 * MB, 400 * MB, 3584 * MB])
 def test_chunks_do_not_pay(gpu, size):
     """Why no pass goes chunk by chunk: it waits for the host, and without it for its own launches."""
-    split = forms.split_seconds(size, size, GPUS[gpu])
-    assert forms.chunked_seconds(size, size, GPUS[gpu]) > split
-    assert forms.chunked_seconds(size, size, GPUS[gpu], host=0) > 0.9 * split
+    split = forms.split_ns(size, size, find(gpu))
+    assert forms.chunked_ns(size, size, find(gpu)) > split
+    assert forms.chunked_ns(size, size, find(gpu), host=0) > 0.9 * split
 
 
 def test_what_l2_keeps():
-    kept = l2.kept_bytes(GPUS["H100"].facts)
+    kept = l2.kept_bytes(find("H100").facts)
     assert 16 * MB <= kept <= 17 * MB
     assert l2.two_reads(kept, kept, kept, backwards=False) == 2 * kept  # all of it is found either way
     assert l2.two_reads(kept + 1, kept + 1, kept, backwards=False) == 3 * (kept + 1)

@@ -143,6 +143,20 @@ def test_partials_fill_a_gpu():
     assert rows.row_partials(4096, 4096, 2, 2, rows=1) >= 148
 
 
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("n", [128, 1024])
+def test_small_tensors_take_a_wave(n, itemsize):
+    """Up to 8 MB at most 512 programs, whatever else would be allowed; beyond, as many as large tensors.
+    Without parameters there is nothing to fold."""
+    small = 8 * 2**20 // (n * itemsize)
+    most = {m: rows.row_partials(m, n, itemsize, 1, rows=1) for m in (64, small, small + 1)}
+    assert most[64] == 64
+    assert most[small] == common.SMALL_PARTIALS
+    assert most[small + 1] == common.MAX_PARTIALS
+    assert rows.row_partials(small, n, itemsize, 0, rows=1) == common.MAX_PARTIALS
+    assert rows.row_partials(small, n, itemsize, 1, rows=1, programs=256) == 256
+
+
 def test_fold_covers_its_rows():
     for partials in (1, 3, 64, 256, 1000, 1024):
         tile = common.fold(partials)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from measuring import ON_GPU, RUN, TORCH, by_label, fake_timer, main, measured, read, small_cases
 
-from perf import bench, machine, providers
+from perf import bench, calls, machine
 from perf.predictions import unexpected
 from perf.providers import Provider
 from perf.shapes import Case, parse_shapes
@@ -232,6 +232,6 @@ def test_the_interpreter_is_not_timed(command, monkeypatch, capsys, tmp_path):
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 def test_the_timer_on_a_device():
     case = Case("rms_norm", "forward", (8192, 4096), "bf16")
-    timing = DeviceTimer()(providers.make_copy(case, "cuda"))
+    timing = DeviceTimer()(calls.make_copy(case, "cuda"))
     assert 0 < timing.p20_us <= timing.median_us <= timing.p80_us
     assert timing.host_us > 0

@@ -6,7 +6,7 @@ from conftest import INTERPRETED
 from guard import guarded
 from measuring import TORCH, by_label, measured, small_cases
 
-from perf import bench, launches, providers
+from perf import bench, calls, launches, providers
 from perf.providers import Provider, weight_operators
 from perf.shapes import (
     BATCH_OPERATORS,
@@ -23,28 +23,28 @@ from tritonnorm.launch.common import CHOICES
 
 @by_label([case for dtype in ("bf16", "fp16", "fp32") for case in small_cases(dtype)])
 def test_pytorch_is_within_the_tolerance(case, monkeypatch):
-    monkeypatch.setattr(providers, "REFERENCE_ELEMENTS", 256)  # in chunks, the last one smaller
-    inputs = providers.make_inputs(case, "cpu")
-    outputs = providers.make_call(providers.LOADERS["torch"](), case, inputs)()
+    monkeypatch.setattr(calls, "REFERENCE_ELEMENTS", 256)  # in chunks, the last one smaller
+    inputs = calls.make_inputs(case, "cpu")
+    outputs = calls.make_call(providers.LOADERS["torch"](), case, inputs)()
     expected = inputs.leaves
     if case.direction == "forward":
         others = inputs.running if case.operator == "batch_norm" else ()
         expected = (*inputs.leaves[: len(case.layers)], *others)
     assert [t.shape for t in outputs] == [t.shape for t in expected]
     part = 0.75 if case.operator == "weight_norm_all" else 0.5  # of operators that round one by one
-    assert 0 < providers.max_error(case, inputs, outputs) < part * bench.TOLERANCES[case.dtype]
+    assert 0 < calls.max_error(case, inputs, outputs) < part * bench.TOLERANCES[case.dtype]
 
 
 @by_label(small_cases("fp32"))
 @pytest.mark.parametrize("spoil", [1.1, float("nan")])
 def test_one_wrong_element_of_any_output_is_seen(case, spoil, monkeypatch):
-    monkeypatch.setattr(providers, "REFERENCE_ELEMENTS", 256)
-    inputs = providers.make_inputs(case, "cpu")
-    right = providers.make_call(providers.LOADERS["torch"](), case, inputs)()
+    monkeypatch.setattr(calls, "REFERENCE_ELEMENTS", 256)
+    inputs = calls.make_inputs(case, "cpu")
+    right = calls.make_call(providers.LOADERS["torch"](), case, inputs)()
     for i in range(len(right)):
         outputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in right]
         outputs[i].view(-1)[outputs[i].abs().argmax()] *= spoil
-        assert not providers.max_error(case, inputs, outputs) <= 0.09
+        assert not calls.max_error(case, inputs, outputs) <= 0.09
 
 
 def assert_inputs_of_weights(case, inputs):
@@ -64,7 +64,7 @@ def assert_inputs_of_weights(case, inputs):
 
 @by_label(small_cases("bf16"))
 def test_inputs_are_in_the_layout_of_the_case(case):
-    inputs = providers.make_inputs(case, "cpu")
+    inputs = calls.make_inputs(case, "cpu")
     if OPERATORS[case.operator].family == "weights":
         assert_inputs_of_weights(case, inputs)
         return
@@ -120,8 +120,8 @@ def test_layers_that_are_taken_for_each_other_are_seen(direction, tmp_path):
 def test_a_launch_for_all_layers_or_one_for_each(provider, count, direction):
     """Both right, and of the same bits."""
     case = Case("weight_norms", direction, (3, 8, 16), "bf16")
-    inputs = providers.make_inputs(case, "cpu")
-    call = providers.make_call(providers.LOADERS[provider](), case, inputs)
+    inputs = calls.make_inputs(case, "cpu")
+    call = calls.make_call(providers.LOADERS[provider](), case, inputs)
     launched = []
 
     def run(kernel, grid, arguments):
@@ -131,8 +131,8 @@ def test_a_launch_for_all_layers_or_one_for_each(provider, count, direction):
     with launches.observe(run):
         outputs = call()
     assert launched == [f"weight_{direction}"] * count
-    assert providers.max_error(case, inputs, outputs) < bench.TOLERANCES["bf16"] / 2
-    other = providers.make_call(providers.LOADERS["tritonnorm"](), case, inputs)()
+    assert calls.max_error(case, inputs, outputs) < bench.TOLERANCES["bf16"] / 2
+    other = calls.make_call(providers.LOADERS["tritonnorm"](), case, inputs)()
     assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
 
 
@@ -191,9 +191,9 @@ def test_wrong_running_statistics_are_seen(wrong, tmp_path):
 
 def test_every_provider_begins_with_the_same_running_statistics():
     case = Case("batch_norm", "forward", (3, 8, 5), "fp32")
-    inputs = providers.make_inputs(case, "cpu")
+    inputs = calls.make_inputs(case, "cpu")
     before = [t.clone() for t in inputs.running]
-    call = providers.make_call(providers.LOADERS["torch"](), case, inputs)
+    call = calls.make_call(providers.LOADERS["torch"](), case, inputs)
     call()
     call()
     assert all(torch.equal(t, b) for t, b in zip(inputs.running, before, strict=True))
@@ -211,11 +211,11 @@ def test_teams_are_preferred_within_their_providers_calls_alone(monkeypatch):
 
     monkeypatch.setattr(launch.pieces, "_prefers_teams", note)
     case = Case("batch_norm", "backward", (4, 32, 16, 16), "fp32")
-    inputs = providers.make_inputs(case, "cpu")
+    inputs = calls.make_inputs(case, "cpu")
     for _ in range(5):
-        expected = providers.make_call(ours, case, inputs)()
+        expected = calls.make_call(ours, case, inputs)()
     unaware = len(seen)
-    found = providers.make_call(team, case, inputs)()
+    found = calls.make_call(team, case, inputs)()
     if INTERPRETED:  # elsewhere PyTorch's operators serve CPU tensors
         assert 0 < unaware < len(seen)
     assert not any(seen[:unaware])
@@ -250,7 +250,7 @@ def test_float32_parameters_are_made_before_the_call():
 
     provider = Provider("wide", "1", {"layer_norm": layer_norm}, float32_parameters={"layer_norm"})
     case = Case("layer_norm", "backward", (8, 16), "bf16")
-    gradients = providers.make_call(provider, case, providers.make_inputs(case, "cpu"))()
+    gradients = calls.make_call(provider, case, calls.make_inputs(case, "cpu"))()
     assert seen == [(torch.bfloat16, torch.float32, torch.float32)]
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
 
@@ -280,7 +280,7 @@ def test_a_missing_reduction_is_wrong(without, operator, shape, groups):
     """Also for large sets in bfloat16, where centered inputs would hide it."""
     direction = "forward" if without == "mean" else "backward"
     case = Case(operator, direction, shape, "bf16", groups=groups)
-    inputs = providers.make_inputs(case, "cpu")
+    inputs = calls.make_inputs(case, "cpu")
     sets = groups or (1 if operator == "layer_norm" else case.channels)  # of an image, or row
     over = (0, 2, 3) if operator == "batch_norm" else (2, 3)
 
@@ -310,8 +310,8 @@ def test_a_missing_reduction_is_wrong(without, operator, shape, groups):
 
     names = {"mean": "mean", "c1": "c1_factor", "c2": "c2_factor"}
     limit = bench.TOLERANCES["bf16"]
-    assert providers.max_error(case, inputs, outputs()) < limit / 2
-    assert providers.max_error(case, inputs, outputs(**{names[without]: 0})) > 2 * limit
+    assert calls.max_error(case, inputs, outputs()) < limit / 2
+    assert calls.max_error(case, inputs, outputs(**{names[without]: 0})) > 2 * limit
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_missing_reduction_is_wrong(without, operator, shape, groups):
 def test_a_missing_gradient_of_the_norm_is_wrong(operator, shape):
     """Also for long channels in bfloat16, where centered inputs would hide it."""
     case = Case(operator, "backward", shape, "bf16")
-    inputs = providers.make_inputs(case, "cpu")
+    inputs = calls.make_inputs(case, "cpu")
     v, g, dw = (t.detach().double() for t in (*inputs.leaves, inputs.dy))
     dim = OPERATORS[operator].dim
     norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
@@ -337,5 +337,5 @@ def test_a_missing_gradient_of_the_norm_is_wrong(operator, shape):
         return dv.bfloat16(), dg.bfloat16()
 
     limit = bench.TOLERANCES["bf16"]
-    assert providers.max_error(case, inputs, outputs(1)) < limit / 2
-    assert providers.max_error(case, inputs, outputs(0)) > 2 * limit
+    assert calls.max_error(case, inputs, outputs(1)) < limit / 2
+    assert calls.max_error(case, inputs, outputs(0)) > 2 * limit

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf import bench, gpu, providers, roofline, shapes
+from perf import bench, calls, gpu, roofline, shapes
 from perf.shapes import (
     CHANNEL_OPERATORS,
     OPERATORS,
@@ -168,5 +168,5 @@ def test_floor_bytes(case, by_hand):
 
 def test_a_copy_moves_the_floor():
     case = Case("rms_norm", "forward", (5, 7), "bf16")
-    copied = providers.make_copy(case, "cpu")()
+    copied = calls.make_copy(case, "cpu")()
     assert floor_bytes(case) <= 2 * copied.nbytes <= floor_bytes(case) + 1

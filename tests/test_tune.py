@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -17,6 +18,7 @@ from test_compare import Clock
 
 from perf import __main__ as perf_main
 from perf import bench, candidates, launches, machine, providers, tune
+from perf.agreement import disagreement
 from perf.launches import H100
 from perf.providers import Provider, operators_of_torch
 from perf.shapes import PASSES, Case
@@ -105,6 +107,46 @@ def test_neighbours_of_rows():
     assert set(candidates.neighbours("row_forward", ROWS | {"n": 32}, tile(2, 32, 2))) == {
         *(tile(1, 32, 1), tile(4, 32, 2), tile(2, 32, 1), tile(4, 32, 4))
     }
+
+
+def test_neighbours_of_rows_in_clusters():
+    """Half and twice the blocks, within the largest cluster, with as many warps each or in all; of a row
+    that a program holds, a cluster of two. None of strided rows, nor where there are none."""
+    tile, long = common.RowTile, ROWS | {"n": 65536, "cluster": 8}
+
+    def clusters(arguments, chosen):
+        found = candidates.neighbours("row_forward", arguments, chosen)
+        return {(answer.num_ctas, answer.num_warps) for answer in found} - {
+            (chosen.num_ctas, answer.num_warps) for answer in found
+        }
+
+    chosen = tile(1, 65536, 16, num_ctas=4)
+    assert clusters(long, chosen) == {(2, 16), (2, 32), (8, 16), (8, 8)}
+    assert clusters(long | {"cluster": 4}, chosen) == {(2, 16), (2, 32)}
+    resident = long | {"n": 16384}
+    assert clusters(resident, tile(1, 16384, 16)) == {(2, 16), (2, 8)}
+    assert clusters(resident | {"cluster": 1}, tile(1, 16384, 16)) == set()
+    assert clusters(resident | {"strided": True}, tile(1, 16384, 16)) == set()
+    assert clusters(resident | {"n": 1024}, tile(4, 1024, 4)) == set()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("n", [2560, 5120, 6144])
+def test_neighbours_of_rows_in_chunks(n, direction):
+    """In every other number of tiles that the pass may have, if none of them is empty; with as few
+    registers as the heuristics have, and with any."""
+    arguments, name = ROWS | {"n": n}, f"row_{direction}"
+    counts = getattr(rows, f"{direction.upper()}_CHUNKS")[2]
+    choice = choice_of(name, arguments)
+    found = candidates.neighbours(name, arguments, choice.chosen)
+    widths = {count: common.power_of_two(-(-n // count)) for count in counts}
+    others = {count for count in counts if (count - 1) * widths[count] < n} - {choice.chosen.chunks}
+    assert others
+    for count in others:
+        tiles = [answer for answer in found if answer.chunks == count]
+        assert {answer.block_n for answer in tiles} == {count * widths[count]}
+        assert {None} <= {answer.registers for answer in tiles} <= {None, rows.CHUNK_REGISTERS}
+        assert (count == 1) == all(answer.registers is None for answer in tiles)
 
 
 def test_neighbours_of_sets():
@@ -220,21 +262,138 @@ def test_what_is_faster_once_is_not_kept(warps_take):
     choice = choice_of("row_forward", SHORT, [CASE])
     answer = common.RowTile(4, 256, 8)
     assert tune.best(tune.measure(choice, {"8": answer}, {}, clock, "cpu")) == "8"
-    calls[:] = [90.0] * 30 + [100.0] * 100
+    calls[:] = [90.0] * 31 + [100.0] * 100  # one more, by which it may be refused
     assert tune.tune(choice, [answer], {}, clock, "cpu") is None
+
+
+def confused(by):
+    """layer_norm, which gives another result with 8 warps."""
+
+    def layer_norm(x, weight, bias):
+        right = LAYER_NORM(x, weight, bias)
+        warps = CHOICES[-1](rows.row_forward, x.shape[1], x.element_size(), False).num_warps
+        return by(right) if warps == 8 else right
+
+    return layer_norm
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_wrong_answer_is_not_kept(warps_take, capsys):
-    def confused(x, weight, bias):
-        right = LAYER_NORM(x, weight, bias)
-        warps = CHOICES[-1](rows.row_forward, 256, 4, False).num_warps
-        return right * 1.1 if warps == 8 else right
+    """Also where it is right of the small case, by which it was not refused."""
+    clock = warps_take({4: Always([100.0]), 8: Always([50.0])}, confused(lambda y: y * 1.1))
+    choice = choice_of("row_forward", SHORT, [CASE])
+    assert tune.measure(choice, {"8": common.RowTile(4, 256, 8)}, {}, clock, "cpu") == {}
+    assert "max_error above" in capsys.readouterr().err
 
-    clock = warps_take({4: Always([100.0]), 8: Always([50.0])}, confused)
+
+# What is refused before it is timed
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("wrong", ["scaled", "nan", "infinite"])
+def test_another_result_is_refused_and_never_written(
+    wrong, dtype, warps_take, capsys, tmp_path, monkeypatch
+):
+    """Off by what a check against the reference lets pass, four ulps; and NaN, which is no number."""
+    info = torch.finfo(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    by = {
+        "scaled": lambda y: y * (1 + 4 * info.eps * (20 if dtype == "fp32" else 1)),
+        "nan": lambda y: y.index_fill(0, torch.tensor([0]), torch.nan),
+        "infinite": lambda y: y.index_fill(0, torch.tensor([0]), torch.inf),
+    }[wrong]
+    times = {4: Always([100.0]), 8: Always([50.0]), 2: Always([100.0]), 16: Always([100.0])}
+    clock = warps_take(times, confused(by))
+    arguments = SHORT | {"itemsize": 4 if dtype == "fp32" else 2}
+    choice = choice_of("row_forward", arguments, [Case("layer_norm", "forward", (8, 256), dtype)])
+    path = tmp_path / "sm_90.json"
+    tune.sweep([choice], "sm_90", path, 100, clock, "cpu")
+    assert not path.exists()
+    refused = [line for line in capsys.readouterr().err.splitlines() if "is refused" in line]
+    assert refused
+    assert all("num_warps=8 is refused: result 0 of layer_norm forward" in line for line in refused)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_answer_that_cannot_be_launched_is_refused(warps_take, capsys):
+    def fail(y):
+        raise RuntimeError("out of resources")
+
+    clock = warps_take({4: Always([100.0]), 8: Always([50.0])}, confused(fail))
     choice = choice_of("row_forward", SHORT, [CASE])
     assert tune.tune(choice, [common.RowTile(4, 256, 8)], {}, clock, "cpu") is None
-    assert "max_error above" in capsys.readouterr().err
+    assert "is refused: layer_norm forward 8x256 fp32: RuntimeError: out of" in capsys.readouterr().err
+
+
+def test_results_may_differ_by_the_order_of_sums():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4096) + 1
+    forwards, backwards = torch.zeros(4096), torch.zeros(4096)
+    for row in x:
+        forwards += row
+    for row in x.flip(0):
+        backwards += row
+    off = forwards + 64 * torch.finfo(torch.float32).eps * forwards.abs().max()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        one, other = forwards.to(dtype), backwards.to(dtype)
+        assert not torch.equal(one, other)
+        assert disagreement(one, other, terms=64) is None
+        two_ulps = one * (1 + 2.5 * torch.finfo(dtype).eps)
+        assert (disagreement(one, two_ulps, terms=64) is None) == (dtype == torch.float32)
+    assert "another order of sums" in disagreement(forwards, off, terms=64)
+
+
+def test_nan_and_infinities_agree_with_themselves():
+    x = torch.tensor([1.0, torch.nan, torch.inf])
+    assert disagreement(x, x.clone(), terms=1) is None
+    assert "NaN" in disagreement(x, torch.tensor([torch.nan, torch.nan, torch.inf]), terms=1)
+    assert "NaN" in disagreement(x, torch.tensor([1.0, 1.0, torch.inf]), terms=1)
+    assert "infinite" in disagreement(x, torch.tensor([1.0, torch.nan, -torch.inf]), terms=1)
+    assert disagreement(x, torch.tensor([torch.inf, torch.nan, torch.inf]), terms=1)
+    assert "shape" in disagreement(x, x[:2], terms=1)
+    assert "dtype" in disagreement(x, x.double(), terms=1)
+    empty = torch.empty(0)
+    assert disagreement(empty, empty, terms=1) is None
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm", "forward", (8, 384), "bf16"),
+        Case("layer_norm", "backward", (8, 384), "bf16"),
+        Case("rms_norm", "backward", (8, 5120), "fp32"),
+        Case("group_norm", "backward", (2, 16, 8, 8), "bf16", "channels_last", 4),
+        Case("batch_norm", "forward", (4, 32, 8, 8), "fp32"),
+        Case("batch_norm", "backward", (4, 32, 8, 8), "bf16", "channels_last"),
+    ],
+    ids=lambda case: case.label,
+)
+def test_no_answer_that_would_be_tried_is_refused(case):
+    """In the interpreter: every neighbour of every choice that a case asks for, but for teams, whose
+    programs wait for each other."""
+    choices = [choice for choice in tune.asked([case], None) if not choice.name.startswith("prefer")]
+    assert choices
+    for choice in choices:
+        choice = replace(choice, cases=[case])
+        for answer in candidates.neighbours(choice.name, choice.arguments, choice.chosen):
+            assert tune.refusal(choice, answer, {}, "cpu") is None, answer
+
+
+@on_cpu
+def test_a_kernel_that_leaves_columns_out_is_refused():
+    """An answer that no table would have: its tile is narrower than the row that it should hold."""
+    case = Case("layer_norm", "forward", (8, 256), "fp32")
+    choice = choice_of("row_forward", SHORT, [case])
+
+    def narrower(kernel, grid, arguments):
+        if arguments["num_warps"] == 8:
+            arguments = arguments | {"N": 128}
+        kernel[grid](**arguments)
+
+    with launches.observe(narrower):
+        assert tune.refusal(choice, common.RowTile(4, 256, 4), {}, "cpu") is None
+        assert "result 0" in tune.refusal(choice, common.RowTile(4, 256, 8), {}, "cpu")
 
 
 # What is written

@@ -19,6 +19,11 @@ MAX_PARTIALS = 1024
 """Programs, at most, that walk through the rows: at 4 warps and 64 registers 8 fit on an SM, 1,056 on
 an H100 (unmeasured)."""
 
+SMALL_TRAFFIC, SMALL_PARTIALS = 24 * 2**20, 512
+"""Bytes of a backward pass over tensors of 8 MB, and programs, at most, of those that move no more: one
+wave of 16-bit rows on an H100. A second one, with as many partial gradients again, takes longer by the
+model, and fewer leave SMs of a B200 idle (perf/NOTES.md; unmeasured)."""
+
 FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
 """Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4
 loads one after another (MAX_PARTIALS / 256 rows), and at N = 128 still 8 programs (unmeasured)."""
@@ -78,6 +83,8 @@ def partials(steps: int, program_bytes: int, traffic: int, programs: int | None 
     most = MAX_PARTIALS if programs is None else programs
     if program_bytes == 0:
         return min(steps, most)
+    if traffic <= SMALL_TRAFFIC:
+        most = min(most, SMALL_PARTIALS)
     share = PARTIAL_SHARE * traffic / (2 * program_bytes)  # written once, read once
     return max(min(steps, int(max(share, PARTIAL_BYTES / program_bytes)), most), 1)
 

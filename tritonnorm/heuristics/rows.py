@@ -54,6 +54,11 @@ NARROW_CHUNKS = 8
 wide as the lanes of a warp, so that a row stays in it: as one tile it would be spread over the warps,
 and every lane would have elements of many rows to add up."""
 
+PADDED_FORWARD_COLUMNS, PADDED_FORWARD_REGISTERS = 64, 96
+"""Tiles of float64 of so many columns, not all of which are there, and the registers a thread, at most,
+that the forward pass over them is told to use. Left alone, the assembler of Triton 3.6 and 3.7 takes 80
+and spills two; with 96 there are five blocks on an SM, as with the 86 that newer ones take."""
+
 STRIDED_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
 STRIDED_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 """The same for strided rows, by bytes an element: twice as many of float64 spill."""
@@ -179,7 +184,10 @@ def row_forward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTi
         held = _cluster(power_of_two(n), CLUSTER_FORWARD_ELEMENTS, limit, cluster)
         return held or RowTile(1, chunk, warps(chunk, LOOPED_ELEMENTS))
     a_thread = FORWARD_ELEMENTS[itemsize]
-    return _resident(n, itemsize, a_thread, a_thread, FORWARD_CHUNKS[itemsize])
+    tile = _resident(n, itemsize, a_thread, a_thread, FORWARD_CHUNKS[itemsize])
+    if itemsize == 8 and n < tile.block_n == PADDED_FORWARD_COLUMNS and tile.chunks == 1:
+        return replace(tile, registers=PADDED_FORWARD_REGISTERS)
+    return tile
 
 
 def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTile:
