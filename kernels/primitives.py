@@ -17,6 +17,12 @@ def bytes_of(dtype, count):
 
 
 @triton.constexpr_function
+def word(dtype, count, ALIGN):
+    """The adjacent elements, of a line of `count`, that a thread accesses at once: 16 bytes at most."""
+    return min(128 // dtype.primitive_bitwidth, count, ALIGN or 1)
+
+
+@triton.constexpr_function
 def centers_twice(dtype, count):
     """Whether the mean of `count` elements of `dtype` is taken again of what they deviate from it: its
     own rounding is all that is left of the error at a large mean. Elements of 16 bits are coarser than
@@ -135,12 +141,35 @@ def products(tiles, others):
 
 
 @triton.jit
-def row_sum(tiles):
-    """The sums `[ROWS]` of the rows of tiles side by side: one reduction over lanes for all of them."""
+def added(tiles):
+    """The sum `[ROWS, BLOCK_N]` of tiles side by side."""
     total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         total += tiles[i]
-    return tl.sum(total, axis=1)
+    return total
+
+
+@triton.jit
+def row_sum(tiles):
+    """The sums `[ROWS]` of the rows of tiles side by side: one reduction over lanes for all of them."""
+    return tl.sum(added(tiles), axis=1)
+
+
+@triton.jit
+def word_sums(tiles, WORD: tl.constexpr):
+    """The sums `[ROWS, BLOCK_N / WORD]` of WORD adjacent columns of tiles side by side."""
+    total = added(tiles)
+    return tl.sum(tl.reshape(total, [total.shape[0], total.shape[1] // WORD, WORD]), axis=2)
+
+
+@triton.jit
+def row_sums(tiles, others, WORD: tl.constexpr):
+    """The row sums `[ROWS]` of two lots of tiles, which warps exchange together: half of the barriers.
+
+    WORD columns are a thread's, and added up before they are joined: pairs of all of them take a quarter
+    more registers, as narrow words do.
+    """
+    return tl.split(tl.sum(tl.join(word_sums(tiles, WORD), word_sums(others, WORD)), axis=1))
 
 
 @triton.jit

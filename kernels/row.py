@@ -21,10 +21,12 @@ from .primitives import (
     products,
     row_spread,
     row_sum,
+    row_sums,
     saved_x_hat,
     scale,
     store_tile,
     tile_mask,
+    word,
 )
 
 
@@ -237,6 +239,7 @@ def row_backward(
     lanes = tl.program_id(0) * (CHUNKS * BLOCK_N) + tl.arange(0, BLOCK_N)
     # The weight of several long tiles takes too many registers: it is loaded again with every row.
     HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1
+    WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
     weights = ()
     dweights = ()
     dbiases = ()
@@ -294,7 +297,10 @@ def row_backward(
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
-                sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
+                if NORM == "layer" and HELD and WORD > 1:
+                    sum_wdy, sum_wdy_x_hat = row_sums(wdys, products(wdys, x_hats), WORD)
+                else:
+                    sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
             for i in tl.static_range(CHUNKS):
                 dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)
