@@ -41,6 +41,11 @@ def _row_tiles(tile: RowTile, n: int, **_) -> Iterator[RowTile]:
             yield replace(tile, rows=1, block_n=power_of_two(n), num_warps=MAX_WARPS)
 
 
+def _row_backward_tiles(tile: RowTile, n: int, **_) -> Iterator[RowTile]:
+    yield from _row_tiles(tile, n)
+    yield replace(tile, ahead=1 - tile.ahead)
+
+
 def _programs(programs: int, **_) -> Iterator[int]:
     for factor in (0.25, *STEPS):
         yield _times(programs, factor)
@@ -89,7 +94,7 @@ def _teams(preferred: bool, **_) -> Iterator[bool]:
 
 NEIGHBOURS = {
     "row_forward": _row_tiles,
-    "row_backward": _row_tiles,
+    "row_backward": _row_backward_tiles,
     "row_programs": _programs,
     "group_forward": _group_tiles,
     "group_backward": _group_tiles,
