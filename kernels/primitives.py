@@ -11,9 +11,28 @@ def compute_dtype(dtype):
 
 
 @triton.constexpr_function
+def carried(dtype):
+    """The dtype in which a loop carries elements of `dtype` as they are stored."""
+    return tl.uint16 if dtype.primitive_bitwidth == 16 else dtype
+
+
+@triton.constexpr_function
 def bytes_of(dtype, count):
     """The bytes of `count` elements of `dtype`."""
     return dtype.primitive_bitwidth // 8 * count
+
+
+@triton.constexpr_function
+def word(dtype, count, ALIGN):
+    """The adjacent elements, of a line of `count`, that a thread accesses at once: 16 bytes at most."""
+    return min(128 // dtype.primitive_bitwidth, count, ALIGN or 1)
+
+
+@triton.constexpr_function
+def between_warps(count, WORD):
+    """Whether warps exchange the sums of a line of `count` elements, of which a thread accesses WORD at
+    once: not if a warp has all of it. Of narrow words it is not known."""
+    return WORD > 1 and count > 32 * WORD
 
 
 @triton.constexpr_function
@@ -80,6 +99,23 @@ def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def load_bits(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
+    """A tile `[ROWS, BLOCK_N]` as it is stored; zero in the padding lanes. Elements of 16 bits are
+    integers, of which a loop carries pairs: floats it takes apart, for an instruction each."""
+    x = tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0)
+    return x.to(carried(x.dtype), bitcast=True)
+
+
+@triton.jit
+def load_statistics(mean_ptr, spread_ptr, rows, M):
+    """What is saved of rows: `(spread,)` or, where they have a mean, `(spread, mean)`, of `[ROWS]`."""
+    saved = (tl.load(spread_ptr + rows, rows < M, other=0.0),)
+    if mean_ptr is not None:
+        saved += (tl.load(mean_ptr + rows, rows < M, other=0.0),)
+    return saved
+
+
+@triton.jit
 def store_tile(ptr, tile, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
     """Stores a tile `[ROWS, BLOCK_N]`, rounded to the dtype of `ptr`."""
     tl.store(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), tile, mask)
@@ -135,12 +171,35 @@ def products(tiles, others):
 
 
 @triton.jit
-def row_sum(tiles):
-    """The sums `[ROWS]` of the rows of tiles side by side: one reduction over lanes for all of them."""
+def added(tiles):
+    """The sum `[ROWS, BLOCK_N]` of tiles side by side."""
     total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
         total += tiles[i]
-    return tl.sum(total, axis=1)
+    return total
+
+
+@triton.jit
+def row_sum(tiles):
+    """The sums `[ROWS]` of the rows of tiles side by side: one reduction over lanes for all of them."""
+    return tl.sum(added(tiles), axis=1)
+
+
+@triton.jit
+def word_sums(tiles, WORD: tl.constexpr):
+    """The sums `[ROWS, BLOCK_N / WORD]` of WORD adjacent columns of tiles side by side."""
+    total = added(tiles)
+    return tl.sum(tl.reshape(total, [total.shape[0], total.shape[1] // WORD, WORD]), axis=2)
+
+
+@triton.jit
+def row_sums(tiles, others, WORD: tl.constexpr):
+    """The row sums `[ROWS]` of two lots of tiles, which warps exchange together: half of the barriers.
+
+    WORD columns are a thread's, and added up before they are joined: pairs of all of them take a quarter
+    more registers, as narrow words do.
+    """
+    return tl.split(tl.sum(tl.join(word_sums(tiles, WORD), word_sums(others, WORD)), axis=1))
 
 
 @triton.jit
@@ -219,14 +278,14 @@ def affine(
 
 
 @triton.jit
-def normalized(x, mean_ptr, rstd, rows, mask, M):
+def normalized(x, statistics, rstd, mask):
     """x_hat from the saved statistics; zero in the padding lanes.
 
     There the factor is zero, which is selected for adjacent lanes together; the difference could be
     infinite or NaN only where all of the row is.
     """
-    if mean_ptr is not None:
-        x -= tl.load(mean_ptr + rows, rows < M, other=0.0)[:, None]
+    if len(statistics) > 1:
+        x -= statistics[1][:, None]
     return x * tl.where(mask, rstd[:, None], 0.0)
 
 
@@ -246,12 +305,10 @@ def saved_x_hat(
     x,
     weight_ptr,
     bias_ptr,
-    mean_ptr,
+    statistics,
     rstd,
-    rows,
     cols,
     mask,
-    M,
     N: tl.constexpr,
     OFFSET: tl.constexpr,
     SAVED: tl.constexpr,
@@ -260,7 +317,7 @@ def saved_x_hat(
     if SAVED == "y":
         x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
     else:
-        x_hat = normalized(x, mean_ptr, rstd, rows, mask, M)
+        x_hat = normalized(x, statistics, rstd, mask)
     return x_hat
 
 

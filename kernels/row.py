@@ -4,27 +4,34 @@ NORM is "layer" (mean and variance), "rms" (mean of squares) or "l2" (Euclidean 
 A row is resident (held in registers, one read) or looped over (a second read).
 """
 
+import triton
 import triton.language as tl
 
 from .names import kernel
 from .primitives import (
     affine,
+    between_warps,
     center,
     centers_twice,
     compute_dtype,
     divide,
     gradient_means,
     input_gradient,
+    load_bits,
     load_parameter,
+    load_statistics,
     load_tile,
     plus,
     products,
     row_spread,
     row_sum,
+    row_sums,
     saved_x_hat,
     scale,
     store_tile,
     tile_mask,
+    widened,
+    word,
 )
 
 
@@ -179,7 +186,8 @@ def row_gradient_means(
     sizes = (M, R1, R2)
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
+    statistics = load_statistics(mean_ptr, spread_ptr, rows, M)
+    spread = statistics[0]
     rstd = scale(spread, eps, NORM)
     wdy_x_hat = tl.zeros([ROWS, BLOCK_N], dtype)
     wdy_sum = tl.zeros([ROWS, BLOCK_N], dtype)
@@ -190,15 +198,36 @@ def row_gradient_means(
         dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N, OFFSET)
-        x_hat = saved_x_hat(
-            x, weight_ptr, bias_ptr, mean_ptr, rstd, rows, cols, mask, M, N, OFFSET, SAVED
-        )
+        x_hat = saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, mask, N, OFFSET, SAVED)
         wdy_x_hat += wdy * x_hat
         wdy_sum += wdy
 
     c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), spread, eps, N, NORM)
     tl.store(c1_ptr + rows, c1, rows < M)
     tl.store(c2_ptr + rows, c2, rows < M)
+
+
+@triton.jit
+def load_rows(
+    inputs,
+    rows,
+    lanes,
+    strides,
+    sizes,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """What the backward pass reads of some rows: tiles of dy and of x side by side, statistics."""
+    dy_ptr, x_ptr, mean_ptr, spread_ptr = inputs
+    dys = ()
+    xs = ()
+    for i in tl.static_range(CHUNKS):
+        cols = i * lanes.shape[0] + lanes
+        mask = tile_mask(rows, cols, sizes[0], sizes[2], N)
+        dys += (load_bits(dy_ptr, rows, cols, mask, strides[0], sizes, ALIGN),)
+        xs += (load_bits(x_ptr, rows, cols, mask, strides[1], sizes, ALIGN),)
+    return dys, xs, load_statistics(mean_ptr, spread_ptr, rows, sizes[0])
 
 
 @kernel(do_not_specialize=["M"])
@@ -228,6 +257,7 @@ def row_backward(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """dx of all rows, and a partial dweight and dbias of the rows that one program walks through."""
@@ -237,6 +267,7 @@ def row_backward(
     lanes = tl.program_id(0) * (CHUNKS * BLOCK_N) + tl.arange(0, BLOCK_N)
     # The weight of several long tiles takes too many registers: it is loaded again with every row.
     HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1
+    WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
     weights = ()
     dweights = ()
     dbiases = ()
@@ -246,36 +277,31 @@ def row_backward(
         dweights += (tl.zeros([ROWS, BLOCK_N], dtype),)
         dbiases += (tl.zeros([ROWS, BLOCK_N], dtype),)
 
-    for start in range(program * ROWS, M, tl.num_programs(1) * ROWS):
+    walk = tl.num_programs(1) * ROWS
+    inputs = (dy_ptr, x_ptr, mean_ptr, spread_ptr)
+    strides = (dy_strides, x_strides)
+    if AHEAD:
+        rows = program * ROWS + tl.arange(0, ROWS)
+        loaded = load_rows(inputs, rows, lanes, strides, sizes, N, CHUNKS, ALIGN)
+    for start in range(program * ROWS, M, walk):
         rows = start + tl.arange(0, ROWS)
+        if not AHEAD:
+            loaded = load_rows(inputs, rows, lanes, strides, sizes, N, CHUNKS, ALIGN)
+        dy_bits, x_bits, statistics = loaded
+        if AHEAD:
+            loaded = load_rows(inputs, rows + walk, lanes, strides, sizes, N, CHUNKS, ALIGN)
+        spread = statistics[0]
+        rstd = scale(spread, eps, NORM)
         masks = ()
         dys = ()
-        xs = ()
-        for i in tl.static_range(CHUNKS):
-            cols = i * BLOCK_N + lanes
-            masks += (tile_mask(rows, cols, M, R2, N),)
-            dys += (load_tile(dy_ptr, rows, cols, masks[i], dy_strides, sizes, ALIGN),)
-            xs += (load_tile(x_ptr, rows, cols, masks[i], x_strides, sizes, ALIGN),)
-        spread = tl.load(spread_ptr + rows, rows < M, other=0.0)
-        rstd = scale(spread, eps, NORM)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
             cols = i * BLOCK_N + lanes
+            masks += (tile_mask(rows, cols, M, R2, N),)
+            dys += (widened(dy_bits[i].to(dy_ptr.dtype.element_ty, bitcast=True)),)
+            x = widened(x_bits[i].to(x_ptr.dtype.element_ty, bitcast=True))
             x_hats += (
-                saved_x_hat(
-                    xs[i],
-                    weight_ptr,
-                    bias_ptr,
-                    mean_ptr,
-                    rstd,
-                    rows,
-                    cols,
-                    masks[i],
-                    M,
-                    N,
-                    OFFSET,
-                    SAVED,
-                ),
+                saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, masks[i], N, OFFSET, SAVED),
             )
 
         if dweight_partial_ptr is not None:
@@ -294,7 +320,10 @@ def row_backward(
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
-                sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
+                if NORM == "layer" and HELD and between_warps(BLOCK_N, WORD):
+                    sum_wdy, sum_wdy_x_hat = row_sums(wdys, products(wdys, x_hats), WORD)
+                else:
+                    sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
             for i in tl.static_range(CHUNKS):
                 dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)

@@ -16,6 +16,7 @@ from .primitives import (
     gradient_means,
     input_gradient,
     load_parameter,
+    load_statistics,
     load_tile,
     row_spread,
     saved_x_hat,
@@ -174,11 +175,10 @@ def row_team_backward(
             mask = tile_mask(rows, cols, M, R2, N)
             dy = load_tile(dy_ptr, rows, cols, mask, dy_strides, sizes, ALIGN)
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
-            spread = tl.load(spread_ptr + rows)
+            statistics = load_statistics(mean_ptr, spread_ptr, rows, M)
+            spread = statistics[0]
             rstd = scale(spread, eps, NORM)
-            x_hat = saved_x_hat(
-                x, weight_ptr, bias_ptr, mean_ptr, rstd, rows, cols, mask, M, N, OFFSET, SAVED
-            )
+            x_hat = saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, mask, N, OFFSET, SAVED)
             if dweight_partial_ptr is not None:
                 dweight += dy * x_hat
             if dbias_partial_ptr is not None:

@@ -51,6 +51,11 @@ def _row_tiles(
             yield replace(tile, rows=1, block_n=power_of_two(n), num_warps=MAX_WARPS)
 
 
+def _row_backward_tiles(tile: RowTile, **arguments) -> Iterator[RowTile]:
+    yield from _row_tiles(tile, chunks=BACKWARD_CHUNKS, **arguments)
+    yield replace(tile, ahead=1 - tile.ahead)
+
+
 def _clusters(tile: RowTile) -> Iterator[RowTile]:
     """The row in more blocks or fewer, of as many warps, or with as many elements a thread."""
     for step in STEPS:
@@ -119,7 +124,7 @@ def _teams(preferred: bool, **_) -> Iterator[bool]:
 
 NEIGHBOURS = {
     "row_forward": partial(_row_tiles, chunks=FORWARD_CHUNKS),
-    "row_backward": partial(_row_tiles, chunks=BACKWARD_CHUNKS),
+    "row_backward": _row_backward_tiles,
     "row_programs": _programs,
     "group_forward": _group_tiles,
     "group_backward": _group_tiles,

@@ -26,6 +26,8 @@ from .shapes import DTYPES, Case
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
+INPUTS = ("x", "dy")
+
 WIDE = 16  # bytes of the widest access that all three targets have
 
 FIRST_ELEMENTS = ("channel_moments", "team_forward")
@@ -115,6 +117,7 @@ class Lowered:
     steps: float = 1.0  # tiles that a program takes, one after another, on average
     last_steps: float = 0.0  # of these, tiles at the end of lines that whole ones do not fill
     fold_steps: float = 1.0  # the same of tiles of partial results
+    ahead: int = 0  # steps by which a program's loads are ahead of what it computes
     cooperative: bool = False
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
     regions: list[Region] = field(default_factory=lambda: [Region()])
@@ -158,7 +161,7 @@ class Lowered:
     def bytes_in_flight(self) -> int:
         """Of activations, an SM: a block's part of each tile that is read, in every block that it
         holds."""
-        read = sum(name in self.widths for name in ("x", "dy"))
+        read = sum(name in self.widths for name in INPUTS)
         return self.resident * read * self.tile_bytes // self.num_ctas
 
     def loops_over(self, name: str) -> list[int]:
@@ -212,7 +215,8 @@ class Lowered:
                 if self.kernel in FIRST_ELEMENTS and name == "x" and loops > 1:
                     loops -= 1
                 once = self.regions[0].touched.get(name, 0) * self.threads * self.programs / whole
-                once = 0 if self.kernel in FIRST_ELEMENTS else min(once, 1)
+                first = self.kernel in FIRST_ELEMENTS or (self.ahead and name in INPUTS)
+                once = 0 if first else min(once, 1)
                 found[name] = loops + once if loops else 1
         return found
 
@@ -260,6 +264,8 @@ class Lowered:
             if min(widths) < WIDE:
                 found.append(f"{tensor}: accesses of {min(widths)} bytes")
             touched = sum(widths) * self.threads
+            if tensor in INPUTS:  # ahead of the loop and in it
+                touched //= 1 + self.ahead
             held = sum(map(prod, self.tiles)) * self.itemsize
             if touched != held and self.kernel not in SWEEPS:
                 found.append(f"{tensor}: touches {touched} bytes of a tile of {held}")
@@ -345,6 +351,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         fold_steps=_fold_steps(
             arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
         ),
+        ahead=arguments.get("AHEAD", 0),
         cooperative=arguments.get("launch_cooperative_grid", False),
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,

@@ -24,7 +24,7 @@ from math import ceil
 from tritonnorm.heuristics import l2
 
 from . import devices
-from .compiled import Lowered
+from .compiled import INPUTS, Lowered
 from .devices import Device
 from .launches import ACTIVATIONS
 from .shapes import Case
@@ -52,7 +52,6 @@ L2_SPEED = 2.5
 SM_BYTES_A_CYCLE = 64
 """What one SM takes from L2 at most, where few are busy (NVIDIA's A100 whitepaper)."""
 
-INPUTS = ("x", "dy")
 BOUNDS = ("bytes", "in flight", "issue", "launch", "tail")
 
 
@@ -129,14 +128,19 @@ def launch_time(work: Work, device: Device) -> Prediction:
 
 def waits(k: Lowered, device: Device) -> float:
     """Nanoseconds of a program by itself: the loads of every region, those of an iteration together,
-    then its instructions and barriers."""
-    loads = 0.0
-    for region, times in zip(k.regions, k.executions, strict=True):
+    then its instructions and barriers. Loads of later steps are on their way meanwhile, and take what
+    is left of their latency."""
+    total = 0.0
+    counts = k.instructions or [0.0] * len(k.regions)
+    for i, (region, times, count) in enumerate(zip(k.regions, k.executions, counts, strict=True)):
+        cycles = count * INSTRUCTION_CYCLES + region.barriers * BARRIER_CYCLES
+        busy, latency = cycles / device.clock, 0.0
         if region.loads:
             far = any(name in ACTIVATIONS for name in region.loads)
-            loads += times * (device.dram_latency if far else device.l2_latency)
-    cycles = (k.program_instructions or 0) * INSTRUCTION_CYCLES + k.barriers * BARRIER_CYCLES
-    return loads + cycles / device.clock
+            latency = device.dram_latency if far else device.l2_latency
+        ahead = k.ahead if i and latency else 0
+        total += times * (max(busy, latency / ahead) if ahead else busy + latency)
+    return total
 
 
 def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:

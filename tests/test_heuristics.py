@@ -138,6 +138,25 @@ def test_partials(m, n, itemsize):
         )
 
 
+def test_programs_that_walk_are_a_power_of_two():
+    """As blocks of an SM are: no wave is nearly empty. Those of one step are as many as the steps."""
+    assert rows.row_partials(16384, 4096, 2, 2, rows=1) == 256  # of 307 that may be
+    assert rows.row_partials(16384, 4096, 2, 1, rows=1) == 512
+    assert rows.row_partials(300, 1024, 2, 2, rows=1) == 300
+    assert rows.row_partials(2**20, 1024, 2, 0, rows=2) == common.MAX_PARTIALS
+
+
+def test_rows_are_loaded_ahead_where_registers_allow_it():
+    """Rows of 16 bits in one tile and in wide accesses; of no others, as they would spill or leave an SM
+    fewer programs."""
+    for n in (768, 1000, 1024, 4096, 8192):
+        assert rows.row_backward(n, 2, False).ahead == 1
+        assert rows.row_forward(n, 2, False).ahead == rows.row_backward(n, 4, False).ahead == 0
+    for n in (8, 127, 512, 1001, 3072, 5120, 8193, 65536):
+        assert rows.row_backward(n, 2, False, cluster=16).ahead == 0
+    assert rows.row_backward(4096, 2, strided=True).ahead == 0
+
+
 def test_partials_fill_a_gpu():
     """A training step's tensor gives every SM of a B200 (148) work."""
     assert rows.row_partials(4096, 4096, 2, 2, rows=1) >= 148

@@ -88,7 +88,7 @@ for launches in lower("sm_90", [(case, None) for case in cases], instructions=Tr
 
 
 def test_issue_rate():
-    """LayerNorm on bfloat16 rows takes at most 0.102 warp instructions a byte, 35% of what an H100
+    """LayerNorm on bfloat16 rows takes at most 0.108 warp instructions a byte, 37% of what an H100
     issues while its memory moves a byte: a power of two, and five tiles side by side. So many rows that
     what a program does once does not count."""
     cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
@@ -97,7 +97,31 @@ def test_issue_rate():
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = [float(line) for line in output.split()]
     assert len(found) == len(cases)
-    assert max(found) <= 0.102
+    assert max(found) <= 0.108
+
+
+BARRIERS = """
+from perf import devices, gates
+from perf.compiled import lower
+from perf.shapes import Case
+dtypes, sizes = ("bf16", "fp32"), (1024, 4096, 8192)
+cases = [Case("layer_norm", "backward", (2**16, n), dtype) for dtype in dtypes for n in sizes]
+for launches in lower("{target}", [(case, None) for case in cases]):
+    for k in launches:
+        if k.activations:
+            print(k.shape, k.dtype, gates.barriers(k, devices.of_target("{target}")[0]))
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_barriers(target):
+    """Both sums of a row of LayerNorm's backward pass are exchanged at once: gate 7 is met."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BARRIERS.format(target=target)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert len(lines) == 6
+    assert [line for line in lines if not line.endswith("None")] == []
 
 
 def lowered(**changes):
@@ -125,6 +149,8 @@ def test_violations_are_noticed():
     assert "spills" in lowered(stack=8).violations[0]
     assert "accesses of 2 bytes" in lowered(widths={"x": [2] * 8}).violations[0]
     assert "touches" in lowered(widths={"x": [16, 16]}).violations[0]
+    twice = {"x": [16, 16], "dy": [16, 16], "dx": [16]}
+    assert lowered(ahead=1, widths=twice).violations == []  # ahead of the loop, and in it
     assert lowered(line=1001, widths={"x": [2] * 8}).violations == []  # rows are not of whole words
 
 

@@ -186,6 +186,18 @@ def test_a_program_waits_in_every_step_of_its_loops():
     assert model.waits(k, TOY) == pytest.approx(8 * 600 + alone / 2)
 
 
+def test_loads_ahead_are_waited_for_beside_the_work():
+    """Of a step the longer one, its work or what it waits for; only the first step's loads take both."""
+    loop = replace(walking().regions[1], loads={"x": 16, "dy": 16, "mean": 4})
+    first = Region(loads={"x": 16, "dy": 16}, accesses=2)
+    due = walking(regions=[Region(), loop], instructions=[0.0, 100.0])
+    ahead = replace(due, regions=[first, loop], ahead=1)
+    work = (100 * model.INSTRUCTION_CYCLES + 3 * model.BARRIER_CYCLES) / TOY.clock
+    assert model.waits(due, TOY) == pytest.approx(8 * (600 + work))
+    assert model.waits(ahead, TOY) == pytest.approx(600 + 8 * max(600, work))
+    assert ahead.sweeps["x"] == 1  # the last step loads nothing
+
+
 def test_an_unrolled_loop_runs_less_often():
     k = walking()
     twice = replace(k.regions[1], loads={"x": 32, "dy": 32}, stores={"dx": 32})

@@ -27,6 +27,16 @@ BACKWARD_ELEMENTS = {2: 16, 4: 8, 8: 8}
 registers. Half as many of bfloat16 have as many bytes in flight, and take 30% more instructions
 (unmeasured)."""
 
+BACKWARD_AHEAD = {2: 1}
+"""Steps by which programs load rows ahead of what they compute, by bytes an element, where a row is one
+tile in wide accesses: while sums wait, the next row is on its way. 16 registers more of 16 bits, as they
+are stored; float32, of which an SM would hold half as many programs, and several tiles side by side,
+which spill, are loaded when they are due (unmeasured)."""
+
+AHEAD_ROWS = 2
+"""Rows of a tile, at most, that is loaded ahead. With the statistics of four (512 columns) it takes 156
+registers; told to take 128, RMSNorm with those of eight spills."""
+
 NARROW_BACKWARD_ELEMENTS = 8
 """The same for rows of any dtype whose accesses are narrow, if they are short or long: each access has
 an address of its own, and twice as many spill."""
@@ -202,12 +212,15 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
         return held or RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
     a_thread, narrow = BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS
+    one_tile = _resident(n, itemsize, a_thread, narrow, (1,))
+    if whole_words(n, itemsize) and one_tile.rows <= AHEAD_ROWS:
+        one_tile = replace(one_tile, ahead=BACKWARD_AHEAD.get(itemsize, 0))
     if n <= LEAST_BACKWARD_CHUNKS // itemsize:
-        return _resident(n, itemsize, a_thread, narrow, (1,))
+        return one_tile
     if (n & -n) * itemsize * 2 >= WORD_BYTES:
         tile = _resident(n, itemsize, a_thread, narrow, BACKWARD_CHUNKS[itemsize])
         if tile.chunks == 1:
-            return tile
+            return one_tile
         if tile.num_warps * WARP * CHUNK_REGISTERS <= SM_REGISTERS:
             return replace(tile, registers=CHUNK_REGISTERS)
     return _resident(n, itemsize, narrow, narrow, (1,))
@@ -222,6 +235,11 @@ def row_partials(
     m: int, n: int, itemsize: int, parameters: int, rows: int, programs: int | None = None
 ) -> int:
     """Programs, of at most so many, that walk through m rows, `rows` at a step, each leaving partial
-    gradients of `parameters` (0 to 2) parameters of n elements."""
-    program_bytes = parameters * n * max(itemsize, 4)
-    return partials(ceil(m / rows), program_bytes, 3 * m * n * itemsize, programs)
+    gradients of `parameters` (0 to 2) parameters of n elements.
+
+    Where each takes several steps they are a power of two: an SM holds as many, so that of 132 or 148
+    SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured).
+    """
+    program_bytes, steps = parameters * n * max(itemsize, 4), ceil(m / rows)
+    count = partials(steps, program_bytes, 3 * m * n * itemsize, programs)
+    return count if count == steps else power_of_two(count + 1) // 2

@@ -102,6 +102,14 @@ def _row_flaw(tile: RowTile, n: int, cluster: int, strided: bool, **_) -> str | 
     )
 
 
+def _row_forward_flaw(tile: RowTile, **arguments) -> str | None:
+    return "a program takes its rows at once" if tile.ahead else _row_flaw(tile, **arguments)
+
+
+def _row_backward_flaw(tile: RowTile, **arguments) -> str | None:
+    return _row_flaw(tile, **arguments) if 0 <= tile.ahead <= 1 else "rows are loaded one step ahead"
+
+
 def _programs_flaw(programs: int, **_) -> str | None:
     return None if 0 < programs <= MOST_PROGRAMS else f"1 to {MOST_PROGRAMS} programs"
 
@@ -142,8 +150,8 @@ def _no_flaw(*_, **__) -> None:
 TUNABLE = {
     tunable.heuristic.__name__: tunable
     for tunable in (
-        Tunable(row_forward, RowTile, _row_flaw),
-        Tunable(row_backward, RowTile, _row_flaw),
+        Tunable(row_forward, RowTile, _row_forward_flaw),
+        Tunable(row_backward, RowTile, _row_backward_flaw),
         Tunable(row_programs, int, _programs_flaw),
         Tunable(group_forward, GroupTile, _group_flaw, optional=True),
         Tunable(group_backward, GroupTile, _group_flaw, optional=True),

@@ -220,6 +220,7 @@ def row_backward(
                 c1_ptr=c1,
                 c2_ptr=c2,
                 CHUNKS=tile.chunks,
+                AHEAD=0 if recover else tile.ahead,  # the weight's inverse takes its registers
                 **outputs,
                 **shared,
             )
