@@ -44,6 +44,10 @@ ODD_SIZES = (48, 768, 1000, 3072, 5120)
 NARROW_SIZES = (127, 1001, 5121, 5124)
 """Rows that no wide access reaches, as several tiles or one."""
 
+OUTPUT_SIZES = (127, 128, 1000, 1001, 3072, 5120, 8192, 65536)
+"""Rows whose backward pass starts from the output: of each kind, those that would otherwise be several
+tiles among them."""
+
 GROUPS = 32
 CHANNEL_SHAPES = {
     "group_norm": ((1, 320, 64, 64), (1, 1280, 8, 8), (1, 640, 16, 16), (1, 320, 32, 32)),
@@ -166,7 +170,7 @@ def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
         chosen += [
             (Case("layer_norm", "backward", (ROWS, n), dtype), "output")
             for dtype in ("bf16", "fp32")
-            for n in (128, 1000, 8192, 65536)
+            for n in OUTPUT_SIZES
         ]
         chosen += [
             (Case(operator, direction, (ROWS, n), dtype), variant)

@@ -245,24 +245,29 @@ def test_partial_results_are_read_from_l2_as_far_as_they_fit():
 
 
 PARTIALS = """
+from statistics import geometric_mean
+
 from perf import devices, predict
 from perf.shapes import Case
 from tritonnorm.heuristics import common
+from tritonnorm.launch.common import forget_plans
 
 found = {}
-cases = [Case("layer_norm", "backward", (4096, 1024), "bf16")]
+sizes = [(2**22 // n, n) for n in (128, 256, 512, 1024, 2048)]
+cases = [Case(op, "backward", size, "bf16") for op in ("layer_norm", "rms_norm") for size in sizes]
 for common.SMALL_PARTIALS in (256, common.SMALL_PARTIALS, common.MAX_PARTIALS):
+    forget_plans()
     for name in ("A100", "H100", "B200"):
         device = devices.find(name)
-        (predicted,) = predict.predict(cases, device.target, [device])
-        found.setdefault(name, []).append(predicted.us)
+        predicted = predict.predict(cases, device.target, [device])
+        found.setdefault(name, []).append(geometric_mean(p.us for p in predicted))
 print(found)
 """
 
 
 def test_few_programs_are_faster_for_small_tensors():
-    """By the model, than as many as large tensors have: by a twentieth at least on an H100 and a B200,
-    whose SMs fewer still would leave without work."""
+    """By the model, over rows of several lengths, than as many as large tensors have: by a twentieth at
+    least on an H100 and a B200. There fewer still are slower, whose SMs would be left without work."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-c", PARTIALS],
@@ -274,7 +279,7 @@ def test_few_programs_are_faster_for_small_tensors():
     times = ast.literal_eval(found.stdout)
     for name, (fewer, ours, more) in times.items():
         assert ours < (1 if name == "A100" else 0.95) * more, name
-        assert (ours < 0.95 * fewer) == (name != "A100"), name
+        assert (ours < fewer) == (name != "A100"), name
 
 
 def test_a_small_tensor_is_read_once_by_several_launches():

@@ -140,6 +140,13 @@ def test_the_criterion(dtype, device):
     assert not suffices([1.0] * 4, to=torch.float64)
 
 
+def test_long_narrow_rows_keep_the_input(device):
+    """The kernels that would start from the output would spill."""
+    for n, kept in ((4096, True), (4097, False), (4104, True), (20000, True), (20001, False)):
+        x = torch.randn(2, n, device=device).bfloat16().requires_grad_()
+        assert keeps_output(tF.layer_norm(x, (n,), save="output")) == kept
+
+
 def test_a_zero_weight_keeps_the_input(device):
     """Its gradient is right; the output would not tell x_hat."""
     x, _, bias, dy = inputs(device, 3, 8)

@@ -11,13 +11,14 @@ u * (|x_hat| + |b / w|), that is with the precision of y, wherever
 3. |w| * sqrt(n) + |b| is finite in y's dtype, as |x_hat| <= sqrt(n): nothing overflows.
 
 All elements of a parameter must pass, which NaN does not. Nothing is clamped: where one does not pass,
-the input is kept.
+the input is kept. So it is where the kernels hold too little, which `heuristics.rows.recovers` tells.
 """
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dtypes import compute_dtype
+from .heuristics.rows import recovers
 
 _decided = WeakTensorKeyDictionary()
 """Of each weight: decisions by what else they depend on, with the versions they are of."""
@@ -50,6 +51,8 @@ def output_suffices(x, weight, bias, options, dtype, n) -> bool:
     at: once an optimizer step. They are read at every call as long as the version is 0, as FSDP2 keeps
     it. While a CUDA graph is captured x is kept: parameters may change between its replays.
     """
+    if not recovers(n, x.element_size()):
+        return False
     if x.dtype != dtype or options.eps < 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     parameters = [t for t in (weight, bias) if t is not None]

@@ -65,7 +65,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, sav
             where the next layer keeps it too, as a linear one does. The output is kept only where x_hat
             comes back from it with the precision of its dtype: that is input's, |bias| <= |weight|,
             and weights are neither subnormal in it nor so large that it could overflow
-            (`tritonnorm/saving.py`). This reads the parameters, on a GPU with a wait, once they have
+            (`tritonnorm/saving.py`); and only of rows that are multiples of 16 bytes or have at most
+            4,096 elements. This reads the parameters, on a GPU with a wait, once they have
             changed (as PyTorch counts changes: not those that are written through `.data`, after which
             a weight that became zero makes gradients NaN). Gradients are then those of the rounded
             output; there is no second derivative, and the output must not be changed in place. It has

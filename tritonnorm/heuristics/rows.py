@@ -41,6 +41,14 @@ NARROW_BACKWARD_ELEMENTS = 8
 """The same for rows of any dtype whose accesses are narrow, if they are short or long: each access has
 an address of its own, and twice as many spill."""
 
+LONGEST_NARROW_OUTPUT = 4096
+"""Columns of such a row, at most, whose backward pass starts from the output. Longer ones spill 8 to 216
+bytes, with 32 warps as with 16."""
+
+LONGEST_ODD = 1024
+"""Columns of a row, at most, of which a thread has BACKWARD_ELEMENTS though each is an access: longer
+rows are one a program, whose masks and addresses take 132 to 146 registers."""
+
 FORWARD_CHUNKS = {2: (1, 3, 5), 4: (1, 3, 5), 8: (1,)}
 """Tiles side by side that may hold a row, a word of each a thread: 5,120 columns are 5 times 1,024,
 where one tile would be 8,192."""
@@ -212,6 +220,8 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
         return held or RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
     a_thread, narrow = BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS
+    if n % 2 and n > LONGEST_ODD:
+        a_thread = narrow
     one_tile = _resident(n, itemsize, a_thread, narrow, (1,))
     if whole_words(n, itemsize) and one_tile.rows <= AHEAD_ROWS:
         one_tile = replace(one_tile, ahead=BACKWARD_AHEAD.get(itemsize, 0))
@@ -224,6 +234,23 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         if tile.num_warps * WARP * CHUNK_REGISTERS <= SM_REGISTERS:
             return replace(tile, registers=CHUNK_REGISTERS)
     return _resident(n, itemsize, narrow, narrow, (1,))
+
+
+def recovers(n: int, itemsize: int) -> bool:
+    """Whether the backward pass over rows of n elements may start from their output."""
+    return whole_words(n, itemsize) or n <= LONGEST_NARROW_OUTPUT
+
+
+def from_output(tile: RowTile, n: int, itemsize: int) -> RowTile:
+    """The tile of the backward pass over rows that `tile` holds, if it starts from the output: the
+    inverse of the weight takes the registers of several tiles side by side, of rows that are loaded
+    ahead, and of the addresses of narrow accesses."""
+    one_row = tile.rows == 1 and tile.chunks > 1
+    narrow = tile.chunks == 1 and n <= tile.block_n and not whole_words(n, itemsize)
+    if one_row or narrow:
+        a_thread = BACKWARD_ELEMENTS[itemsize] if one_row else NARROW_BACKWARD_ELEMENTS
+        tile = _resident(n, itemsize, a_thread, NARROW_BACKWARD_ELEMENTS, (1,))
+    return replace(tile, ahead=0)
 
 
 def row_programs(n: int, itemsize: int, strided: bool) -> int:

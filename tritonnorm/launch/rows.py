@@ -44,13 +44,12 @@ class _Plan(NamedTuple):
     arguments: dict  # of every kernel
 
 
-def _make_plan(
-    shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster
-) -> _Plan | None:
+def _make_plan(shape, normalized_dims, strides, options, choose) -> _Plan | None:
+    """The plan of a view, if there is one, with the tile that `choose(n, strided)` gives its rows."""
     view = row_view(shape, normalized_dims, strides)
     if view is None:
         return None
-    tile = choices(heuristic, view.n, itemsize, view.strided, cluster)
+    tile = choose(view.n, view.strided)
     arguments = dict(
         x_strides=view.strides[0],
         M=view.m,
@@ -73,17 +72,25 @@ def _make_plan(
 
 @planned
 def _plan_forward(shape, normalized_dims, strides, options, itemsize, choices, cluster):
-    heuristic = heuristics.rows.row_forward
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
+    def choose(n, strided):
+        return choices(heuristics.rows.row_forward, n, itemsize, strided, cluster)
+
+    plan = _make_plan(shape, normalized_dims, strides, options, choose)
     if plan is not None:
         plan.arguments.update(y_strides=plan.view.strides[1], ROUND=ROUND[options.round_to])
     return plan
 
 
 @planned
-def _plan_backward(shape, normalized_dims, strides, options, itemsize, choices, cluster, parameters):
-    heuristic = heuristics.rows.row_backward
-    plan = _make_plan(shape, normalized_dims, strides, options, heuristic, itemsize, choices, cluster)
+def _plan_backward(
+    shape, normalized_dims, strides, options, itemsize, choices, cluster, parameters, from_output
+):
+    def choose(n, strided):
+        tile = choices(heuristics.rows.row_backward, n, itemsize, strided, cluster)
+        recovers = from_output and not strided
+        return heuristics.rows.from_output(tile, n, itemsize) if recovers else tile
+
+    plan = _make_plan(shape, normalized_dims, strides, options, choose)
     if plan is None:
         return None
     plan.arguments.update(dy_strides=plan.view.strides[1])
@@ -186,7 +193,7 @@ def row_backward(
 
     parameters = 2 - dtypes.count(None)
     plan, align, (x, dy), target = _plan_rows(
-        _plan_backward, (x, dy), dx, normalized_dims, options, parameters
+        *(_plan_backward, (x, dy), dx, normalized_dims, options, parameters, recover is not None)
     )
     view, tile, programs, arguments = plan
     partials = parameter_partials(x, programs, view.n, dtypes)
@@ -220,7 +227,7 @@ def row_backward(
                 c1_ptr=c1,
                 c2_ptr=c2,
                 CHUNKS=tile.chunks,
-                AHEAD=0 if recover else tile.ahead,  # the weight's inverse takes its registers
+                AHEAD=tile.ahead,
                 **outputs,
                 **shared,
             )
