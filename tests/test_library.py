@@ -295,6 +295,7 @@ def samples(device):
         x, w, b = make(2, 8, 3, 5), make(8), make(8)
         options = (1e-5, F32, False)
         yield "channel_norm", (x, w, b, 2, "group", *options)
+        yield "channel_norm", (x[:0], w, b, 8, "batch", 1e-5, F32, True)
         yield "channel_norm", (x.to(memory_format=torch.channels_last), w, None, 8, "batch", *options)
         mean, var = torch.zeros(8, device=device), torch.ones(8, device=device)
         momentum = torch.full((), 0.1, dtype=torch.float64, device=device)

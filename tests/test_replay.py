@@ -1,6 +1,8 @@
 """Calls that are made again from a recording give what the call that was recorded gives."""
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -309,6 +311,49 @@ def test_calls_are_right_where_none_is_kept(device, monkeypatch):
         for found, right in zip(results("layer_norm", leaves, dy)[1:], exact, strict=True):
             torch.testing.assert_close(found, right)
     assert not calls._calls
+
+
+def test_calls_are_few_whatever_they_differ_in(device, monkeypatch):
+    """Of several calls of one size each is counted."""
+    monkeypatch.setattr(calls, "MOST_CALLS", 3)
+    for m in range(1, 5):
+        for step in (1, 2):
+            tF.rms_norm(torch.randn(m, 4 * step, device=device)[:, :4], (4,))
+            assert len(kept_calls()) <= 3
+
+
+def test_parameters_are_inputs_too(device):
+    """As of a classifier's weight; and their calls are recorded."""
+    for norm in (lambda p: tF.normalize(p, dim=-1), lambda p: tF.layer_norm2d(p)):
+        forget_plans()
+        p = torch.nn.Parameter(torch.randn(2, 3, 4, 4, device=device))
+        for _ in range(CALLS):
+            torch.autograd.grad(norm(p).square().sum(), p)
+        (call,) = kept_calls()
+        assert replayed(call)
+
+
+def test_a_graph_is_not_made_of_inference_tensors(device):
+    """As PyTorch makes none in inference mode, whatever the gradient mode is."""
+    x, weight = torch.randn(4, 6, device=device), torch.randn(6, device=device, requires_grad=True)
+    with torch.inference_mode(), torch.enable_grad():
+        for _ in range(CALLS):
+            assert tF.layer_norm(x * 1, (6,), weight).grad_fn is None
+    for _ in range(CALLS):
+        tF.layer_norm(x, (6,), weight).sum().backward()
+
+
+def test_imported_by_who_traces():
+    """What calls are looked up by is made at import, by no mode and on no default device."""
+    code = """
+import torch
+from torch._subclasses import FakeTensorMode
+torch.set_default_device("meta")
+with FakeTensorMode():
+    import tritonnorm
+assert tritonnorm.calls.WEIGHT.device.type == "cpu"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_refused_statistics_are_refused_again(device):

@@ -229,10 +229,11 @@ def kept(function, parameters, rows):
     """Bytes that the graph of a function's result keeps, each memory once, but for the parameters and
     for statistics, one or two a row."""
     memory, known = {}, {p.data_ptr() for p in parameters}
+    sizes = [tn.launch.statistics_size(rows, kinds) for kinds in (1, 2)]
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and tensor.numel() not in (rows, 2 * rows):
+        if storage.data_ptr() not in known and tensor.numel() not in sizes:
             memory[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .launch.common import forgotten_with_plans
 from .watch import EAGER, pre_dispatch_modes
@@ -38,7 +39,8 @@ class _Absent(torch.Tensor):
     tensor may be looked at twice."""
 
 
-WEIGHT, BIAS, MEAN, VARIANCE = (torch.empty(0).as_subclass(_Absent) for _ in range(4))
+with _disable_current_modes():  # who imports this may be tracing
+    WEIGHT, BIAS, MEAN, VARIANCE = (torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(4))
 
 _calls = {}
 forgotten_with_plans(lambda: _calls.clear())
@@ -80,8 +82,8 @@ def _is_ordinary(*tensors) -> bool:
 
 
 def looks_like(*tensors):
-    """A function of as many tensors: whether they, and what dispatches operators, look like these, now.
-    None where calls are not to be kept, or a tensor is there twice."""
+    """A function of as many tensors: whether they, and what dispatches operators, look like these, now;
+    a Parameter is no Tensor. None where calls are not to be kept, or a tensor is there twice."""
     if len({id(t) for t in tensors}) < len(tensors):
         return None
     if not _is_ordinary(*(t for t in tensors if type(t) is not _Absent)):
@@ -147,9 +149,12 @@ def prepare(call, x, weight, bias, options, mean=None, variance=None):
     looks = looks_like(*tensors)
     if looks is None:
         return
-    if len(_calls) >= MOST_CALLS:
+    if sum(map(len, _calls.values())) >= MOST_CALLS:
         _calls.clear()
     kept = _calls.setdefault((x.shape, len(tensors), options), [])
-    needs_graph = any(t.requires_grad for t in tensors)
+    # Who prepares a call may have looked at another tensor than `prepared` does.
+    if any(known(*tensors) for known, *_ in kept):
+        return
+    needs_graph = any(t.requires_grad for t in tensors) and not torch.is_inference_mode_enabled()
     kept.insert(0, (looks, call.compute, call.differentiable if needs_graph else None))
     del kept[MOST_LOOKS:]

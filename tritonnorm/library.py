@@ -87,16 +87,18 @@ def _contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
-def _statistics(x, count, kinds):
-    """Fake statistics, `count` of so many kinds."""
+def _new_statistics(x, count, kinds):
+    """Statistics, `count` of so many kinds: none, or fake ones."""
     return x.new_empty(launch.statistics_size(count, kinds), dtype=compute_dtype(x))
 
 
 def _with_statistics(x, y, statistics, count):
     """y and its statistics; an empty tensor for None. Nothing in them is left as it was in memory."""
     if statistics is None:
-        return y, _statistics(x, 0, 1)
-    if 0 < count < statistics.numel() - count:
+        return y, _new_statistics(x, 0, 1)
+    if x.numel() == 0:
+        statistics.zero_()
+    elif count < statistics.numel() - count:
         statistics[count:-count] = 0
     return y, statistics
 
@@ -125,7 +127,7 @@ def _row_norm_fake(x, weight, bias, dims, *others):
     *options, dtype, preserve_format, save_statistics = others
     y = torch.empty_like(x, dtype=dtype, memory_format=FORMATS[preserve_format])
     rows = prod(x.shape[: x.dim() - dims]) if save_statistics else 0
-    return y, _statistics(x, rows, launch.kinds_of_statistics(RowOptions(*options)))
+    return y, _new_statistics(x, rows, launch.kinds_of_statistics(RowOptions(*options)))
 
 
 def _row_norm_backward(dy, x, weight, statistics, dims, *others):
@@ -194,7 +196,7 @@ def _channel_norm(x, weight, bias, groups, over, eps, dtype, save_statistics, ru
 
 def _channel_norm_fake(x, weight, bias, groups, over, eps, dtype, save_statistics):
     sets = _sets(x, groups, over) if save_statistics else 0
-    return torch.empty_like(x, dtype=dtype), _statistics(x, sets, 2)
+    return torch.empty_like(x, dtype=dtype), _new_statistics(x, sets, 2)
 
 
 def _channel_norm_running(
@@ -329,7 +331,7 @@ def _fake_dense(x):
 
 
 def _weight_norms_fake(vs, gs, dims, save_statistics):
-    norms = [_statistics(v, g.numel(), 1) for v, g in zip(vs, gs, strict=True)]
+    norms = [_new_statistics(v, g.numel(), 1) for v, g in zip(vs, gs, strict=True)]
     return [_fake_dense(v) for v in vs], norms if save_statistics else []
 
 

@@ -10,8 +10,8 @@ from ..formulas import channel_formula
 from ..watch import check_constants, is_watched
 from .common import (
     Backwards,
+    called_directly,
     contiguous,
-    direct,
     formula_gradients,
     needs_graph,
     recorded,
@@ -55,10 +55,10 @@ def _backward(groups, over, eps, bias_dtype, runner, weight, needed):
 
 class ChannelCall:
     """A normalization of tensors `[N, C, *spatial]` that look alike, with contiguous parameters and
-    statistics: `compute(x, weight, bias, statistics)` is y, `differentiable` of the same is
-    differentiable. It takes the statistics of
-    the "batch" or of each image's "group"s of channels, and moves the running (mean, variance) by the
-    momentum, unless there are none, (); or it takes (mean, variance) that are "given".
+    statistics: y is `compute(x, weight, bias, statistics)`, and differentiable by `differentiable`. It
+    takes the statistics of the "batch" or of each image's "group"s of channels, and moves the running
+    (mean, variance) by the momentum, unless there are none, (); or it takes (mean, variance) that are
+    "given".
     """
 
     def __init__(self, runner, groups, over, eps, dtype, bias, momentum=None):
@@ -79,9 +79,10 @@ class ChannelCall:
         return self.without_statistics.run(x, weight, bias, *statistics)[0]
 
     def differentiable(self, x, weight, bias, statistics=()):
-        return _apply_directly(self, statistics, x, weight, bias)
+        return ChannelNorm.apply_directly(self, statistics, x, weight, bias)
 
 
+@called_directly
 class ChannelNorm(torch.autograd.Function):
     """A `ChannelCall` of x, weight and bias, with the statistics that it moves or is given."""
 
@@ -91,7 +92,7 @@ class ChannelNorm(torch.autograd.Function):
         ctx.call = call
         if call.over == "given":
             # Copies: a training step in between may move them before the backward pass comes.
-            ctx.save_for_backward(x, weight, torch.cat(statistics))
+            ctx.save_for_backward(x, weight, launch.joined_statistics(*statistics))
             return y
         ctx.save_for_backward(x, weight, *found)
         return y if call.runner is launch else results(ctx, y, *found)
@@ -108,9 +109,6 @@ class ChannelNorm(torch.autograd.Function):
         options = call.groups, call.over, call.eps, call.dtype, given
         gradients = formula_gradients(channel_formula, dy, (x, weight, bias), needed, options)
         return None, None, *gradients
-
-
-_apply_directly = direct(ChannelNorm)
 
 
 def normalize_channels(x, weight, bias, groups, over, eps, dtype, running=None, given=None, *, key):

@@ -107,16 +107,17 @@ def results(ctx, y, statistics):
     return y, statistics
 
 
-def direct(function):
-    """`function.apply` for who knows that no transform is at work, nor has been on these tensors:
-    PyTorch does not ask again. And its backward pass is `function.backward`, without the questions that
-    PyTorch asks before it."""
+def called_directly(function):
+    """Decorates a Function: its nodes call `backward` without the questions that PyTorch asks before.
+    Its `apply_directly` is an `apply` for who knows that no transform is at work, nor has been on the
+    tensors."""
     function._backward_cls.apply = function.backward
-    return super(torch.autograd.Function, function).apply
+    function.apply_directly = super(torch.autograd.Function, function).apply
+    return function
 
 
 def needs_graph(*tensors) -> bool:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

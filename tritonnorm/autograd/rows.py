@@ -12,8 +12,8 @@ from ..saving import output_suffices
 from ..watch import is_watched
 from .common import (
     Backwards,
+    called_directly,
     contiguous,
-    direct,
     formula_gradients,
     is_plain,
     needs_graph,
@@ -53,7 +53,7 @@ def _backward(dims, options, memory_format, bias_dtype, runner, weight, needed):
 
 class RowCall:
     """A normalization of tensors that look alike over their last `dims` dimensions, with contiguous
-    parameters: `compute(x, weight, bias)` is y, `differentiable` of the same is differentiable."""
+    parameters: y is `compute(x, weight, bias)`, and differentiable by `differentiable`."""
 
     def __init__(self, runner, dims, options, dtype, memory_format, bias):
         self.runner, self.dims, self.options = runner, dims, options
@@ -69,9 +69,10 @@ class RowCall:
         return self.without_statistics.run(x, weight, bias)[0]
 
     def differentiable(self, x, weight, bias):
-        return _apply_directly(self, x, weight, bias)
+        return RowNorm.apply_directly(self, x, weight, bias)
 
 
+@called_directly
 class RowNorm(torch.autograd.Function):
     """A `RowCall` of x, weight and bias."""
 
@@ -92,9 +93,6 @@ class RowNorm(torch.autograd.Function):
         bias = stand_in(x, x.shape[-call.dims :], call.bias_dtype) if needed[2] else None
         options = call.dims, call.options, call.dtype
         return None, *formula_gradients(row_formula, dy, (x, weight, bias), needed, options)
-
-
-_apply_directly = direct(RowNorm)
 
 
 class RowNormFromOutput(torch.autograd.Function):

@@ -11,8 +11,8 @@ from ..watch import is_watched
 from .common import (
     Backwards,
     backward_runner,
+    called_directly,
     contiguous,
-    direct,
     formula_gradients,
     needs_graph,
     recorded,
@@ -54,9 +54,10 @@ class WeightCall:
         return self.without_statistics.run(v, g)[0]
 
     def differentiable(self, v, g):
-        return _apply_directly(self, v, g)
+        return WeightNorm.apply_directly(self, v, g)
 
 
+@called_directly
 class WeightNorm(torch.autograd.Function):
     """A `WeightCall` of v and g."""
 
@@ -75,9 +76,6 @@ class WeightNorm(torch.autograd.Function):
             return None, *gradients
         v, g, _ = saved
         return None, *formula_gradients(weight_formula, dw, (v, g), needed, (call.dim,))
-
-
-_apply_directly = direct(WeightNorm)
 
 
 class WeightNorms(torch.autograd.Function):

@@ -20,6 +20,7 @@ from ..dispatch import (
 )
 from ..dtypes import HALF, SUPPORTED, compute_dtype
 from ..formulas import RowOptions, row_formula
+from ..watch import EAGER
 
 
 def _check_rows(name, input, normalized_shape, **parameters):
@@ -133,7 +134,7 @@ def layer_norm2d(input, weight=None, bias=None, eps=1e-6):
     def with_layer_norm(x, w, b):
         return F.layer_norm(x.movedim(1, -1), (x.shape[1],), w, b, eps).movedim(-1, 1)
 
-    if type(input) is torch.Tensor and input.dim() == 4:
+    if type(input) in EAGER and input.dim() == 4:
         rows = input.movedim(1, -1)
         call = prepared(rows, weight, bias, ("layer_norm2d", eps))
         if call is not None:
@@ -392,15 +393,16 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
         and fits(prod([input.shape[d] for d in dims]))
     ):
         last = tuple(range(-len(dims), 0))
+        are_last = dims in (last, (input.dim() - 1,))
         y = normalize_rows(
-            input.movedim(dims, last),
+            input if are_last else input.movedim(dims, last),
             None,
             None,
             len(dims),
             RowOptions("l2", check_number("normalize", "eps", eps)),
             result_dtype(input),
             torch.preserve_format,
-            key=("normalize", p, dim, type(dim), eps) if dims in (last, (input.dim() - 1,)) else None,
+            key=("normalize", p, dim, type(dim), eps) if are_last else None,
         )
-        return y.movedim(last, dims)
+        return y if are_last else y.movedim(last, dims)
     return F.normalize(input, p, dim, eps, out)

@@ -176,6 +176,12 @@ def new_statistics(x, count: int, kinds: int) -> torch.Tensor:
     return torch.empty(statistics_size(count, kinds), dtype=compute_dtype(x), device=x.device)
 
 
+def joined_statistics(first, last) -> torch.Tensor:
+    """A copy of two kinds of statistics in one tensor, of the wider of their dtypes."""
+    gap = -first.shape[0] % STATISTICS_STEP
+    return torch.cat((first, first.new_zeros(gap), last) if gap else (first, last))
+
+
 def statistics_of(tensor, count: int):
     """The first and the last kind of statistics in a tensor, `[count]` each: the same of one kind."""
     return tensor[:count], tensor[tensor.shape[0] - count :]
