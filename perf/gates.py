@@ -11,7 +11,7 @@ from tritonnorm.launch.common import TRITON_VERSION
 
 from .compiled import TARGETS, Lowered
 from .devices import KB, Device
-from .shapes import OPERATORS
+from .shapes import DTYPES, OPERATORS
 
 REGISTERS = {"forward": 96, "backward": 128}
 """Registers a thread, at most: with more an SM holds too few warps to keep its loads coming."""
@@ -116,7 +116,7 @@ class Exemption:
     gate: str
     why: str
     of: Callable[[Lowered], bool]
-    dtypes: tuple[str, ...] = ("bf16", "fp32", "fp64")  # float16 is lowered as bfloat16 is
+    dtypes: tuple[str, ...] = tuple(DTYPES)
     targets: tuple[str, ...] = TARGETS
     triton: tuple[int, int] | None = None
 
@@ -135,6 +135,10 @@ def _two_registers(kernel: str, n: int | None = None) -> Callable[[Lowered], boo
     return lambda k: k.kernel == kernel and n in (None, k.line) and k.stack <= 8
 
 
+def _strided_four(k: Lowered) -> bool:
+    return k.layout == "strided" and k.tile[1] == 4 and k.stack <= 8
+
+
 MOMENTS = "moments a lane, which fewer spill"
 FIVE_TILES = "5 tiles a row: with more than 128 registers one block is on an SM, not two"
 THREE_TILES = "3 tiles a row: with more than 128 registers one block is on an SM, not two"
@@ -142,12 +146,19 @@ NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_ROWS = "an address each; with 128 what starts from the output spills"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
 
+SPLIT_WARPS = "two registers of 50: with the 64 that spill none an SM holds four blocks, not five"
+FOUR_COLUMNS = "two registers of 82, of rows of 4 elements: with 118 an SM holds four blocks, not six"
+
 EXEMPT = (
     Exemption("4 registers", "a float64 takes two", lambda k: True, ("fp64",)),
     Exemption("4 registers", "a row of one element is its own", lambda k: k.tile[1] == 1),
     Exemption("7 divisions", ROW_NUMBERS, lambda k: k.layout == "strided"),
     Exemption("4 registers", ROOM, lambda k: k.kernel in TEAMS),
     Exemption("4 registers", MOMENTS, lambda k: k.kernel == "channel_moments", triton=(3, 9)),
+    Exemption(
+        "1 spills", SPLIT_WARPS, _two_registers("row_backward", 65536), ("fp16",), ("sm_100",), (3, 9)
+    ),
+    Exemption("1 spills", FOUR_COLUMNS, _strided_four, ("fp16",), ("sm_100",), (3, 9)),
     Exemption("1 spills", FIVE_TILES, _two_registers("row_backward", 5120), ("fp32",), triton=(3, 6)),
     Exemption(
         "1 spills", THREE_TILES, _two_registers("row_backward", 5120), ("bf16",), ("sm_100",), (3, 6)

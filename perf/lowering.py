@@ -87,15 +87,14 @@ ROWS = 64
 
 
 def cases(target: str, brief: bool = False) -> list[tuple[Case, str | None]]:
-    """(case, variant) of rows, of channels and of weights, as `launches.run` takes them. float16 is
-    lowered as bfloat16 is."""
+    """(case, variant) of rows, of channels and of weights, as `launches.run` takes them."""
     rows = row_cases(brief) + cluster_cases(target, brief)
     return rows + channel_cases(brief) + weight_cases(brief)
 
 
 def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
-    """Both layouts and passes of CHANNEL_SHAPES, float64 of the first two of each operator; and of
-    TEAM_SHAPES, whose sets are taken by teams."""
+    """Both layouts and passes of CHANNEL_SHAPES, float16 and float64 of the first two of each operator;
+    and of TEAM_SHAPES, whose sets are taken by teams."""
 
     def of(shapes, dtypes):
         return [
@@ -103,14 +102,14 @@ def channel_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
             for operator in shapes
             for shape in (shapes[operator][:1] if brief else shapes[operator])
             for dtype in dtypes
-            if dtype != "fp64" or shape in shapes[operator][:2]
+            if dtype not in ("fp16", "fp64") or shape in shapes[operator][:2]
             for layout in layouts_of(operator, shape)
             for direction in PASSES
         ]
 
     if brief:
         return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16",))]
-    return [(case, None) for case in of(CHANNEL_SHAPES, ("bf16", "fp32", "fp64"))] + [
+    return [(case, None) for case in of(CHANNEL_SHAPES, tuple(DTYPES))] + [
         (case, "team") for case in of(TEAM_SHAPES, ("bf16", "fp32"))
     ]
 
@@ -144,15 +143,15 @@ def weight_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
 
 def row_cases(brief: bool = False) -> list[tuple[Case, str | None]]:
     """Every tile of the heuristics, resident, looped, split and of teams. LayerNorm with weight and bias
-    holds the most, and is compiled for every length and width and for strided rows; the others for
-    adjacent elements in bfloat16 of BRIEF_SIZES, among which are the longest of each kind. Some of
+    holds the most, and is compiled for every length and dtype and for strided rows; the others for
+    adjacent elements of 16 bits of BRIEF_SIZES, among which are the longest of each kind. Some of
     RMSNorm as models round it, and of backward passes from the output."""
     chosen = []
     for operator in BRIEF_OPERATORS if brief else ROW_OPERATORS:
         every = operator == "layer_norm" and not brief
         sizes = SIZES + ODD_SIZES + NARROW_SIZES if every else BRIEF_SIZES
         for direction in PASSES:
-            for dtype in ("bf16", "fp32", "fp64") if every else ("bf16",):
+            for dtype in DTYPES if every else ("bf16",) if brief else ("bf16", "fp16"):
                 chosen += [(Case(operator, direction, (ROWS, n), dtype), None) for n in sizes]
                 if every:
                     tiles, choose = {}, getattr(heuristics.rows, f"row_{direction}")
