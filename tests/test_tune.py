@@ -18,12 +18,11 @@ from test_compare import Clock
 
 from perf import __main__ as perf_main
 from perf import bench, candidates, launches, machine, providers, tune
-from perf.agreement import disagreement
 from perf.launches import H100
 from perf.providers import Provider, operators_of_torch
 from perf.shapes import PASSES, Case
 from perf.tune import HEURISTIC, Choice, Gain
-from tritonnorm.heuristics import channels, common, rows, table
+from tritonnorm.heuristics import common, rows, table
 from tritonnorm.launch.common import CHOICES, TRITON_VERSION
 
 RUN = {"device": "NVIDIA H200", "date": "2000-01-01", "command": "python -m perf tune"}
@@ -66,103 +65,6 @@ def choice_of(name, arguments, cases=()):
 
 
 # What is tried
-
-
-def test_every_choice_has_neighbours():
-    assert candidates.NEIGHBOURS.keys() == table.TUNABLE.keys()
-
-
-@pytest.mark.parametrize("itemsize", [2, 8])
-def test_neighbours_are_legal_and_others(itemsize):
-    shared = {"itemsize": itemsize, "adjacent": "c"}
-    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True, "finer": False}
-    for name, arguments in (
-        *((name, ROWS | {"itemsize": itemsize}) for name in ("row_forward", "row_backward")),
-        ("row_forward", ROWS | {"itemsize": itemsize, "n": 32768, "strided": True}),
-        ("row_programs", WALKS),
-        ("group_forward", {"cg": 40, "groups": 32, "s": 64, **shared}),
-        ("group_backward", {"cg": 1, "groups": 7, "s": 12000, **shared}),
-        ("channel_forward", batch),
-        ("channel_backward", batch | {"n": 1, "over_batch": False}),
-        ("prefer_teams", {"backward": True, "magnitude": 20, **shared, "over_batch": True}),
-        ("prefer_row_teams", {"backward": True, "n": 20000, "itemsize": itemsize}),
-    ):
-        chosen = choice_of(name, arguments).chosen
-        found = candidates.neighbours(name, arguments, chosen)
-        assert found, name
-        assert chosen not in found
-        assert len(set(found)) == len(found)
-        assert all(table.flaw(name, arguments, answer) is None for answer in found)
-
-
-def test_neighbours_of_rows():
-    """Half and twice the warps and rows, in a row that is resident; with a chunk of its own, and
-    resident after all, in one that is not. No thread without an element."""
-    tile = common.RowTile
-    assert set(candidates.neighbours("row_forward", ROWS, tile(1, 4096, 8))) == {
-        *(tile(1, 4096, 4), tile(1, 4096, 16), tile(2, 4096, 8), tile(2, 4096, 16))
-    }
-    looped = candidates.neighbours("row_forward", ROWS | {"n": 32768}, tile(1, 4096, 8))
-    assert {tile(1, 2048, 4), tile(1, 8192, 16), tile(1, 32768, 32)} < set(looped)
-    assert set(candidates.neighbours("row_forward", ROWS | {"n": 32}, tile(2, 32, 2))) == {
-        *(tile(1, 32, 1), tile(4, 32, 2), tile(2, 32, 1), tile(4, 32, 4))
-    }
-
-
-def test_neighbours_of_rows_in_clusters():
-    """Half and twice the blocks, within the largest cluster, with as many warps each or in all; of a row
-    that a program holds, a cluster of two. None of strided rows, nor where there are none."""
-    tile, long = common.RowTile, ROWS | {"n": 65536, "cluster": 8}
-
-    def clusters(arguments, chosen):
-        found = candidates.neighbours("row_forward", arguments, chosen)
-        return {(answer.num_ctas, answer.num_warps) for answer in found} - {
-            (chosen.num_ctas, answer.num_warps) for answer in found
-        }
-
-    chosen = tile(1, 65536, 16, num_ctas=4)
-    assert clusters(long, chosen) == {(2, 16), (2, 32), (8, 16), (8, 8)}
-    assert clusters(long | {"cluster": 4}, chosen) == {(2, 16), (2, 32)}
-    resident = long | {"n": 16384}
-    assert clusters(resident, tile(1, 16384, 16)) == {(2, 16), (2, 8)}
-    assert clusters(resident | {"cluster": 1}, tile(1, 16384, 16)) == set()
-    assert clusters(resident | {"strided": True}, tile(1, 16384, 16)) == set()
-    assert clusters(resident | {"n": 1024}, tile(4, 1024, 4)) == set()
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("n", [2560, 5120, 6144])
-def test_neighbours_of_rows_in_chunks(n, direction):
-    """In every other number of tiles that the pass may have, if none of them is empty; with as few
-    registers as the heuristics have, and with any."""
-    arguments, name = ROWS | {"n": n}, f"row_{direction}"
-    counts = getattr(rows, f"{direction.upper()}_CHUNKS")[2]
-    choice = choice_of(name, arguments)
-    found = candidates.neighbours(name, arguments, choice.chosen)
-    widths = {count: common.power_of_two(-(-n // count)) for count in counts}
-    others = {count for count in counts if (count - 1) * widths[count] < n} - {choice.chosen.chunks}
-    assert others
-    for count in others:
-        tiles = [answer for answer in found if answer.chunks == count]
-        assert {answer.block_n for answer in tiles} == {count * widths[count]}
-        assert {None} <= {answer.registers for answer in tiles} <= {None, rows.CHUNK_REGISTERS}
-        assert (count == 1) == all(answer.registers is None for answer in tiles)
-
-
-def test_neighbours_of_sets():
-    arguments = {"cg": 10, "groups": 32, "s": 256, "itemsize": 2, "adjacent": "s"}
-    found = candidates.neighbours("group_forward", arguments, channels.GroupTile(1, 16, 256, 8, None))
-    assert None in found
-    assert channels.GroupTile(2, 32, 256, 16, None) in found
-    assert {answer.groups for answer in found if answer} == {1, 2}
-    pieces = channels.Pieces(64, 16, 1, 8, 4, None)
-    arguments = {"n": 1, "c": 320, "s": 256, "itemsize": 2, "adjacent": "c", "over_batch": False}
-    arguments |= {"finer": False}
-    found = candidates.neighbours("channel_forward", arguments, pieces)
-    assert channels.Pieces(32, 32, 1, 4, 4, None) in found
-    assert all(answer.images == 1 for answer in found)
-    over_batch = arguments | {"n": 4, "over_batch": True}
-    assert 2 in {p.images for p in candidates.neighbours("channel_forward", over_batch, pieces)}
 
 
 def test_choices_are_measured_on_all_cases_that_share_them(monkeypatch):
@@ -323,37 +225,6 @@ def test_an_answer_that_cannot_be_launched_is_refused(warps_take, capsys):
     choice = choice_of("row_forward", SHORT, [CASE])
     assert tune.tune(choice, [common.RowTile(4, 256, 8)], {}, clock, "cpu") is None
     assert "is refused: layer_norm forward 8x256 fp32: RuntimeError: out of" in capsys.readouterr().err
-
-
-def test_results_may_differ_by_the_order_of_sums():
-    torch.manual_seed(0)
-    x = torch.randn(64, 4096) + 1
-    forwards, backwards = torch.zeros(4096), torch.zeros(4096)
-    for row in x:
-        forwards += row
-    for row in x.flip(0):
-        backwards += row
-    off = forwards + 64 * torch.finfo(torch.float32).eps * forwards.abs().max()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        one, other = forwards.to(dtype), backwards.to(dtype)
-        assert not torch.equal(one, other)
-        assert disagreement(one, other, terms=64) is None
-        two_ulps = one * (1 + 2.5 * torch.finfo(dtype).eps)
-        assert (disagreement(one, two_ulps, terms=64) is None) == (dtype == torch.float32)
-    assert "another order of sums" in disagreement(forwards, off, terms=64)
-
-
-def test_nan_and_infinities_agree_with_themselves():
-    x = torch.tensor([1.0, torch.nan, torch.inf])
-    assert disagreement(x, x.clone(), terms=1) is None
-    assert "NaN" in disagreement(x, torch.tensor([torch.nan, torch.nan, torch.inf]), terms=1)
-    assert "NaN" in disagreement(x, torch.tensor([1.0, 1.0, torch.inf]), terms=1)
-    assert "infinite" in disagreement(x, torch.tensor([1.0, torch.nan, -torch.inf]), terms=1)
-    assert disagreement(x, torch.tensor([torch.inf, torch.nan, torch.inf]), terms=1)
-    assert "shape" in disagreement(x, x[:2], terms=1)
-    assert "dtype" in disagreement(x, x.double(), terms=1)
-    empty = torch.empty(0)
-    assert disagreement(empty, empty, terms=1) is None
 
 
 @on_cpu
