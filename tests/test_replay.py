@@ -356,6 +356,23 @@ assert tritonnorm.calls.WEIGHT.device.type == "cpu"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+class Agreeable:
+    """Guards of another PyTorch, which take any tensor."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def check(self, *_):
+        return True
+
+
+def test_guards_are_tried_before_they_are_trusted(monkeypatch):
+    assert calls._guards_tell()
+    for guards in (None, Agreeable, lambda *tensors: Agreeable()):
+        monkeypatch.setattr(calls, "TensorGuards", guards)
+        assert not calls._guards_tell()
+
+
 def test_refused_statistics_are_refused_again(device):
     """What was prepared without statistics is not for one of them, nor for some that wait for a
     gradient."""

@@ -21,7 +21,7 @@ try:
     # operators in this thread: transforms, tracers, autocast on the tensors' device. It overlooks some
     # dispatch modes, and forward-mode AD: `is_observed` asks for these.
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # nothing is prepared
+except ImportError:
     TensorGuards = None
 
 MOST_CALLS = 1024
@@ -39,8 +39,27 @@ class _Absent(torch.Tensor):
     tensor may be looked at twice."""
 
 
+def _guard(*tensors):
+    """A function of as many tensors: whether they look like these, as TensorGuards has it."""
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _guards_tell() -> bool:
+    """Whether TensorGuards, which PyTorch may change at any time, tells what is expected of it."""
+    x = torch.empty(2, 3, device="cpu")
+    others = x.double(), x[:1], x.new_empty(3, 2).mT, x.clone().requires_grad_()
+    try:
+        looks = _guard(x)
+        return looks(x.clone()) and not any(map(looks, others))
+    except Exception:  # whatever it then raises
+        return False
+
+
 with _disable_current_modes():  # who imports this may be tracing
     WEIGHT, BIAS, MEAN, VARIANCE = (torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(4))
+    if not _guards_tell():  # nothing is prepared
+        TensorGuards = None
 
 _calls = {}
 forgotten_with_plans(lambda: _calls.clear())
@@ -88,8 +107,7 @@ def looks_like(*tensors):
         return None
     if not _is_ordinary(*(t for t in tensors if type(t) is not _Absent)):
         return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return _guard(*tensors)
 
 
 def _looked_at(x, weight, bias, mean, variance) -> tuple:
