@@ -1,5 +1,5 @@
-"""The model of a launch's time on examples worked out by hand, the gates on kernels made up for them,
-and a few real kernels whose loops must add up to the bytes that the interpreter counts.
+"""The model of a launch's time on examples worked out by hand, on kernels made up for them, and a few
+real kernels whose loops must add up to the bytes that the interpreter counts.
 
 Compilation runs in processes of its own, where kernels are not interpreted.
 """
@@ -16,10 +16,11 @@ from math import ceil
 
 import pytest
 import torch
+from lowered import kernel, walking
 
-from perf import compiled, devices, gates, launches, lowering, model, predict, roofline
+from perf import compiled, devices, gates, launches, model, predict, roofline
 from perf.assembly import Region
-from perf.compiled import TARGETS, Lowered
+from perf.compiled import TARGETS
 from perf.devices import DEVICES, KB, Device, find, resident
 from perf.predictions import in_own_process
 from perf.shapes import Case
@@ -36,54 +37,6 @@ H100 = find("H100")
 @pytest.fixture(autouse=True)
 def bandwidth_of_the_toy(monkeypatch):
     monkeypatch.setitem(devices.DATASHEET_GBPS, "toy", 1000)
-
-
-def kernel(**changes):
-    """A forward pass over 8,192 rows of 4,096, one a program, that an SM holds 6 of."""
-    size = 8192 * 4096 * 2
-    fields = dict(
-        target="sm_90",
-        kernel="row_forward_resident",
-        operator="layer_norm",
-        direction="forward",
-        shape="8192x4096",
-        dtype="bf16",
-        layout="contiguous",
-        tiles=[(1, 4096)],
-        line=4096,
-        num_warps=8,
-        registers=40,
-        stack=0,
-        widths={"x": [16, 16], "y": [16, 16], "mean": [4]},
-        programs=8192,
-        tensor_bytes={"x": size, "y": size, "mean": 4 * 8192},
-        regions=[Region(loads={"x": 32}, stores={"y": 32, "mean": 4}, accesses=5, barriers=3)],
-        instructions=[272.0],
-    )
-    return Lowered(**(fields | changes))
-
-
-def walking(**changes):
-    """A backward pass of 1,024 programs, of 8 rows each."""
-    size = 8192 * 1024 * 2
-    loop = Region(
-        parent=0, loads={"x": 16, "dy": 16, "mean": 4}, stores={"dx": 16}, accesses=4, barriers=3
-    )
-    names = ("x", "dy", "dx")
-    fields = dict(
-        kernel="row_backward",
-        direction="backward",
-        shape="8192x1024",
-        tiles=[(1, 1024)],
-        num_warps=4,
-        widths={name: [16] for name in names},
-        programs=1024,
-        steps=8.0,
-        tensor_bytes={name: size for name in names},
-        regions=[Region(stores={"dweight_partial": 32}, barriers=4), loop],
-        instructions=[128.0, 200.0],
-    )
-    return kernel(**(fields | changes))
 
 
 # Devices
@@ -292,109 +245,7 @@ def test_a_small_tensor_is_read_once_by_several_launches():
     assert model.pass_time([large] * 2, TOY).ns == pytest.approx(2 * model.pass_time([large], TOY).ns)
 
 
-# The gates
-
-
-def of(gate_list, *held):
-    return {miss.gate.name: miss for miss in gates.missed(gate_list, *held)}
-
-
-def test_gates_of_kernels():
-    assert of(gates.OF_KERNELS, kernel()) == {}
-    many = of(gates.OF_KERNELS, kernel(registers=97))["4 registers"]
-    assert many.fails
-    assert many.line("here") == "missed: gate 4 registers, here: 97 registers, more than 96"
-    assert "4 registers" not in of(gates.OF_KERNELS, walking(registers=128))
-    assert of(gates.OF_KERNELS, walking(registers=129))["4 registers"].fails
-    few = of(gates.OF_KERNELS, kernel(registers=250))["5 bytes in flight"]
-    assert few.how == "8 KB in flight, less than 32"
-    assert not few.fails
-    loop = replace(walking().regions[1], divisions=1)
-    assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
-    assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}
-    spilling = of(gates.OF_KERNELS, kernel(stack=8))["1 spills"]
-    assert spilling.fails
-    assert spilling.how == "8 bytes of stack"
-
-
-def test_an_exemption_is_for_what_it_says():
-    """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
-    (five,) = (one for one in gates.EXEMPT if one.why == gates.FIVE_TILES)
-    gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
-    row = walking(dtype="fp32", line=5120, stack=8)
-    assert five.excuses(gate, row, (3, 6))
-    assert not five.excuses(gate, row, (3, 9))
-    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "bf16"}, {"kernel": "row_forward_looped"}):
-        assert not five.excuses(gate, replace(row, **changes), (3, 6))
-
-
-def test_what_nothing_needs_is_found():
-    """Of all that was compiled; not of other targets, dtypes or versions."""
-    every = ("sm_80", "sm_90", "sm_100"), ("bf16", "fp16", "fp32", "fp64")
-    missed = gates.missed(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))
-    idle = [one.why for one in gates.unneeded(missed, *every)]
-    assert "a float64 takes two" not in idle
-    assert gates.ROW_NUMBERS in idle
-    assert (gates.FIVE_TILES in idle) == (TRITON_VERSION == (3, 6))
-    assert gates.unneeded([], ("sm_90",), every[1]) == []
-    assert [one.why for one in gates.unneeded([], every[0], ("fp64",))] == ["a float64 takes two"]
-
-
-def test_what_is_exempt_is_named_and_does_not_fail():
-    wide = of(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))["4 registers"]
-    assert not wide.fails
-    assert wide.line("here").endswith("198 registers, more than 96 (exempt: a float64 takes two)")
-    loop = replace(walking().regions[1], divisions=1)
-    strided = walking(regions=[Region(), loop], layout="strided")
-    assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails
-    assert {one.gate for one in gates.EXEMPT} <= {gate.name for gate in gates.OF_KERNELS}
-
-
-@pytest.mark.parametrize(
-    ("k", "missed"),
-    [
-        (kernel(), {}),
-        (kernel(instructions=[400.0]), {"6 issue rate": "0.195 instructions a byte, more than 0.173"}),
-        (kernel(regions=[Region(barriers=4)]), {"7 barriers": "4 barriers a row, more than 3"}),
-        (
-            kernel(operator="rms_norm", regions=[Region(barriers=2)]),
-            {"7 barriers": "2 barriers a row, more than 1"},
-        ),
-        (kernel(regions=[Region(barriers=7)], tiles=[(2, 4096)], registers=20), {}),  # of two rows
-        (walking(programs=1024), {}),  # one wave, and 3.5 barriers a row with those of its end
-        (walking(programs=1600, steps=4.0), {"9 grid": "1.01 waves"}),
-        (walking(programs=131, steps=62.5), {"9 grid": "0.08 waves"}),
-        (
-            walking(programs=1600, steps=4.0, cooperative=True),
-            {"9 grid": "a cooperative grid of 1600, of which 1584 can run"},
-        ),
-        (walking(programs=1584, steps=4.0, cooperative=True), {}),
-    ],
-)
-def test_gates_of_launches(k, missed):
-    found = {name: miss.how for name, miss in of(gates.OF_LAUNCHES, k, H100).items()}
-    assert found == missed
-
-
-@pytest.mark.parametrize(
-    ("k", "status"), [(kernel(), 0), (kernel(registers=97), 1), (kernel(stack=8), 1)]
-)
-def test_the_gate_of_the_command(k, status, monkeypatch, capsys):
-    case = Case("layer_norm", "forward", (8192, 4096), "bf16")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(lowering, "lower", lambda *_: [[k]])
-    monkeypatch.setattr(predict, "lower", lambda *_, **__: [[kernel(instructions=[400.0])]])
-    monkeypatch.setattr(predict, "quick_cases", lambda brief: [case])
-    arguments = ["--target", "sm_90", "--gate"]
-    parser = ArgumentParser()
-    lowering.add_arguments(parser)
-    assert lowering.run(parser.parse_args(arguments)) == status
-    output = capsys.readouterr().out
-    assert "predicted by a model from the compiled kernels, not measured" in output
-    assert "H100 layer_norm forward: at worst" in output
-    assert "H200 layer_norm forward: at worst" in output
-    assert "missed: gate 6 issue rate, H100 layer_norm forward 8192x4096 bf16" in output
-    assert "gate 6 issue rate: 2 missed, 0 fail" in output
+# The command
 
 
 def test_a_csv_of_predictions_has_no_measurement(tmp_path, monkeypatch):
@@ -443,8 +294,8 @@ def test_the_blocks_of_a_cluster_share_a_program():
     assert cluster.bytes_in_flight == kernel().bytes_in_flight
     assert cluster.instructions_per_byte == kernel().instructions_per_byte
     assert model.work_of(cluster, TOY) == model.work_of(kernel(), TOY)
-    missed = of(gates.OF_LAUNCHES, replace(cluster, cooperative=True, programs=199), H100)
-    assert missed["9 grid"].how == "a cooperative grid of 796, of which 792 can run"
+    cooperative = replace(cluster, cooperative=True, programs=199)
+    assert gates.grid(cooperative, H100) == "a cooperative grid of 796, of which 792 can run"
 
 
 def test_a_row_team_walks_as_often_as_its_teams_must():

@@ -1,0 +1,117 @@
+"""The gates, on kernels that are made up."""
+
+from argparse import ArgumentParser
+from dataclasses import replace
+
+import pytest
+from lowered import kernel, walking
+
+from perf import gates, lowering, predict
+from perf.assembly import Region
+from perf.devices import find
+from perf.shapes import Case
+from tritonnorm.launch.common import TRITON_VERSION
+
+H100 = find("H100")
+
+
+def of(gate_list, *held):
+    return {miss.gate.name: miss for miss in gates.missed(gate_list, *held)}
+
+
+def test_gates_of_kernels():
+    assert of(gates.OF_KERNELS, kernel()) == {}
+    many = of(gates.OF_KERNELS, kernel(registers=97))["4 registers"]
+    assert many.fails
+    assert many.line("here") == "missed: gate 4 registers, here: 97 registers, more than 96"
+    assert "4 registers" not in of(gates.OF_KERNELS, walking(registers=128))
+    assert of(gates.OF_KERNELS, walking(registers=129))["4 registers"].fails
+    few = of(gates.OF_KERNELS, kernel(registers=250))["5 bytes in flight"]
+    assert few.how == "8 KB in flight, less than 32"
+    assert not few.fails
+    loop = replace(walking().regions[1], divisions=1)
+    assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
+    assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}
+    spilling = of(gates.OF_KERNELS, kernel(stack=8))["1 spills"]
+    assert spilling.fails
+    assert spilling.how == "8 bytes of stack"
+
+
+def test_an_exemption_is_for_what_it_says():
+    """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
+    (five,) = (one for one in gates.EXEMPT if one.why == gates.FIVE_TILES)
+    gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
+    row = walking(dtype="fp32", line=5120, stack=8)
+    assert five.excuses(gate, row, (3, 6))
+    assert not five.excuses(gate, row, (3, 9))
+    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "bf16"}, {"kernel": "row_forward_looped"}):
+        assert not five.excuses(gate, replace(row, **changes), (3, 6))
+
+
+def test_what_nothing_needs_is_found():
+    """Of all that was compiled; not of other targets, dtypes or versions."""
+    every = ("sm_80", "sm_90", "sm_100"), ("bf16", "fp16", "fp32", "fp64")
+    missed = gates.missed(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))
+    idle = [one.why for one in gates.unneeded(missed, *every)]
+    assert "a float64 takes two" not in idle
+    assert gates.ROW_NUMBERS in idle
+    assert (gates.FIVE_TILES in idle) == (TRITON_VERSION == (3, 6))
+    assert gates.unneeded([], ("sm_90",), every[1]) == []
+    assert [one.why for one in gates.unneeded([], every[0], ("fp64",))] == ["a float64 takes two"]
+
+
+def test_what_is_exempt_is_named_and_does_not_fail():
+    wide = of(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))["4 registers"]
+    assert not wide.fails
+    assert wide.line("here").endswith("198 registers, more than 96 (exempt: a float64 takes two)")
+    loop = replace(walking().regions[1], divisions=1)
+    strided = walking(regions=[Region(), loop], layout="strided")
+    assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails
+    assert {one.gate for one in gates.EXEMPT} <= {gate.name for gate in gates.OF_KERNELS}
+
+
+@pytest.mark.parametrize(
+    ("k", "missed"),
+    [
+        (kernel(), {}),
+        (kernel(instructions=[400.0]), {"6 issue rate": "0.195 instructions a byte, more than 0.173"}),
+        (kernel(regions=[Region(barriers=4)]), {"7 barriers": "4 barriers a row, more than 3"}),
+        (
+            kernel(operator="rms_norm", regions=[Region(barriers=2)]),
+            {"7 barriers": "2 barriers a row, more than 1"},
+        ),
+        (kernel(regions=[Region(barriers=7)], tiles=[(2, 4096)], registers=20), {}),  # of two rows
+        (walking(programs=1024), {}),  # one wave, and 3.5 barriers a row with those of its end
+        (walking(programs=1600, steps=4.0), {"9 grid": "1.01 waves"}),
+        (walking(programs=131, steps=62.5), {"9 grid": "0.08 waves"}),
+        (
+            walking(programs=1600, steps=4.0, cooperative=True),
+            {"9 grid": "a cooperative grid of 1600, of which 1584 can run"},
+        ),
+        (walking(programs=1584, steps=4.0, cooperative=True), {}),
+    ],
+)
+def test_gates_of_launches(k, missed):
+    found = {name: miss.how for name, miss in of(gates.OF_LAUNCHES, k, H100).items()}
+    assert found == missed
+
+
+@pytest.mark.parametrize(
+    ("k", "status"), [(kernel(), 0), (kernel(registers=97), 1), (kernel(stack=8), 1)]
+)
+def test_the_gate_of_the_command(k, status, monkeypatch, capsys):
+    case = Case("layer_norm", "forward", (8192, 4096), "bf16")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(lowering, "lower", lambda *_: [[k]])
+    monkeypatch.setattr(predict, "lower", lambda *_, **__: [[kernel(instructions=[400.0])]])
+    monkeypatch.setattr(predict, "quick_cases", lambda brief: [case])
+    arguments = ["--target", "sm_90", "--gate"]
+    parser = ArgumentParser()
+    lowering.add_arguments(parser)
+    assert lowering.run(parser.parse_args(arguments)) == status
+    output = capsys.readouterr().out
+    assert "predicted by a model from the compiled kernels, not measured" in output
+    assert "H100 layer_norm forward: at worst" in output
+    assert "H200 layer_norm forward: at worst" in output
+    assert "missed: gate 6 issue rate, H100 layer_norm forward 8192x4096 bf16" in output
+    assert "gate 6 issue rate: 2 missed, 0 fail" in output
