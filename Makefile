@@ -7,13 +7,20 @@ TRITON ?=
 VENV := .venv$(TRITON:%=-triton-%)
 STAMP := $(VENV)/installed
 
-.PHONY: demo test gate gpu lint clean
+# What of the tests runs compiled kernels in the emulator, and for which GPU they are compiled.
+TARGET ?= sm_90
+EMULATED := $(addprefix tests/test_,rows.py channels.py weights.py team.py long_rows.py)
+
+.PHONY: demo test emulate gate gpu lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m perf demo
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+emulate: $(STAMP)
+	TRITONNORM_EMULATE=$(TARGET) $(VENV)/bin/python -m pytest -n $(WORKERS) $(EMULATED)
 
 gate: $(STAMP)
 	$(VENV)/bin/python -m perf lowering --all --gate

@@ -36,6 +36,13 @@ def between_warps(count, WORD):
 
 
 @triton.constexpr_function
+def alone(count, WORD):
+    """Whether a thread may have a single element of a line of `count`, of which it accesses WORD at
+    once. There are at most 256 such threads along a line, in every launch."""
+    return WORD == 1 and count <= 256
+
+
+@triton.constexpr_function
 def centers_twice(dtype, count):
     """Whether the mean of `count` elements of `dtype` is taken again of what they deviate from it: its
     own rounding is all that is left of the error at a large mean. Elements of 16 bits are coarser than
@@ -162,11 +169,23 @@ def plus(tiles, others):
 
 
 @triton.jit
-def products(tiles, others):
+def product(a, b, ALONE: tl.constexpr):
+    """a * b, of which sums over lanes are wanted. ALONE says that a thread may have one element of a
+    sum: no FMA may then add its product to another lane's, which is rounded as its own would not be.
+    The two lanes would have two sums, of which shared memory takes either."""
+    if ALONE:
+        found = tl.fma(a, b, tl.zeros_like(a))
+    else:
+        found = a * b
+    return found
+
+
+@triton.jit
+def products(tiles, others, ALONE: tl.constexpr = False):
     """The products, tile by tile, of tiles side by side."""
     found = ()
     for i in tl.static_range(len(tiles)):
-        found += (tiles[i] * others[i],)
+        found += (product(tiles[i], others[i], ALONE and i == 0),)  # FMAs add the others to the first
     return found
 
 

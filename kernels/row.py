@@ -10,6 +10,7 @@ import triton.language as tl
 from .names import kernel
 from .primitives import (
     affine,
+    alone,
     between_warps,
     center,
     centers_twice,
@@ -77,7 +78,8 @@ def row_forward_resident(
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    spread = row_spread(row_sum(products(deviations, deviations)), eps, N, NORM)
+    ALONE: tl.constexpr = alone(BLOCK_N, word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN))
+    spread = row_spread(row_sum(products(deviations, deviations, ALONE)), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
@@ -268,6 +270,7 @@ def row_backward(
     # The weight of several long tiles takes too many registers: it is loaded again with every row.
     HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1
     WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
+    ALONE: tl.constexpr = alone(BLOCK_N, WORD)
     weights = ()
     dweights = ()
     dbiases = ()
@@ -311,7 +314,7 @@ def row_backward(
         if dx_ptr is not None:
             wdys = dys
             if weight_ptr is not None and HELD:
-                wdys = products(dys, weights)
+                wdys = products(dys, weights, ALONE)
             elif weight_ptr is not None:
                 wdys = ()
                 for i in tl.static_range(CHUNKS):
@@ -323,7 +326,7 @@ def row_backward(
                 if NORM == "layer" and HELD and between_warps(BLOCK_N, WORD):
                     sum_wdy, sum_wdy_x_hat = row_sums(wdys, products(wdys, x_hats), WORD)
                 else:
-                    sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats)), row_sum(wdys)
+                    sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats, ALONE)), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
             for i in tl.static_range(CHUNKS):
                 dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .channel import load_channels, load_tile, locate, store_tile, tile_mask
 from .fold import column_sum
 from .names import kernel
-from .primitives import compute_dtype, input_gradient, square_root
+from .primitives import alone, compute_dtype, input_gradient, product, square_root, word
 
 FIRST_SIZE = tl.constexpr(1)
 FIRST_POINTER = tl.constexpr(6)
@@ -87,7 +87,8 @@ def forward_tile(
     x = load_tile(x_ptr, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     gain = load_channels(gain_ptr, channels, present, dtype)
 
-    spread = square_root(tl.sum(x * x, axis=1))
+    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN))
+    spread = square_root(tl.sum(product(x, x, ALONE), axis=1))
     y = x * (gain * inverse_norm(spread))[:, None]
 
     store_tile(y_ptr, y, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
@@ -160,7 +161,8 @@ def backward_tile(
     inverse = inverse_norm(load_channels(spread_ptr, channels, present, dtype))
     x_hat = x * inverse[:, None]
 
-    dgain = tl.sum(dy * x_hat, axis=1)
+    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN))
+    dgain = tl.sum(product(dy, x_hat, ALONE), axis=1)
 
     if dx_ptr is not None:
         factor = load_channels(gain_ptr, channels, present, dtype) * inverse

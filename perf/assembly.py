@@ -157,6 +157,27 @@ def _tensor_of(register: str, sources, pointers: dict[int, str]) -> str:
     return name
 
 
+def uneven_sums(ptx: str) -> int:
+    """Additions of a product to that of another lane which are FMAs: the lane's own is then not rounded,
+    the other's is, and the two lanes have different sums of the same numbers."""
+    factors, shuffled, whole, found = {}, {}, {}, 0
+    for line in ptx.splitlines():
+        opcode, _, operands = line.strip().partition("\t" if "\t" in line.strip() else " ")
+        names = re.findall(r"%\w+", operands)
+        if opcode.startswith("mul.f"):
+            factors[names[0]] = {*names[1:]}
+        elif opcode.startswith("shfl."):
+            source = names[1]
+            shuffled[names[0]] = whole.get(source, source)
+        elif opcode == "mov.b64" and operands.startswith("{"):
+            whole |= dict.fromkeys(names[:-1], names[-1])  # two numbers, to shuffle each
+        elif opcode == "mov.b64" and {*names[1:]} <= {*shuffled} and len(names) == 3:
+            shuffled[names[0]] = shuffled[names[1]]
+        elif opcode.startswith("fma.") and names[-1] in shuffled:
+            found += factors.get(shuffled[names[-1]]) == {*names[1:-1]}
+    return found
+
+
 def disassemble(cubin: bytes) -> str:
     """SASS of machine code. The disassembler takes half a second: its answer stays in Triton's cache."""
     cache = get_cache_manager(hashlib.sha256(cubin).hexdigest())

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from operator import mul
+from typing import Any
 
 import torch
 import triton
@@ -121,6 +122,7 @@ class Lowered:
     cooperative: bool = False
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
     regions: list[Region] = field(default_factory=lambda: [Region()])
+    uneven_sums: int = 0  # of lanes, see assembly.py
     instructions: list[float] | None = None  # of a warp, once through each region; None: not counted
 
     @property
@@ -309,19 +311,28 @@ def _fold_steps(arguments, programs: int, partials) -> float:
     return ceil(pieces / arguments["BLOCK_P"]) * across
 
 
-def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant: str | None) -> Lowered:
-    """Reads a compiled kernel."""
-    # Triton leaves constexpr and None arguments out of the signature, and flattens tuples.
-    pointers, position = {}, 0
+def operands_of(kernel, arguments) -> list[tuple[str, Any]]:
+    """What a compiled kernel takes, by the parameters' names: Triton leaves out what is constexpr, None
+    or the integer 1, and flattens tuples."""
+    found = []
     for parameter in kernel.params:
         value = arguments.get(parameter.name)
         if parameter.is_constexpr or value is None:
             continue
         for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, torch.Tensor):
-                pointers[position] = parameter.name.removesuffix("_ptr")
-            if isinstance(item, torch.Tensor) or item != 1 or parameter.do_not_specialize:
-                position += 1
+            if parameter.do_not_specialize or not isinstance(item, int) or item != 1:
+                found.append((parameter.name, item))
+    return found
+
+
+def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant: str | None) -> Lowered:
+    """Reads a compiled kernel."""
+    operands = enumerate(operands_of(kernel, arguments))
+    pointers = {
+        position: name.removesuffix("_ptr")
+        for position, (name, value) in operands
+        if isinstance(value, torch.Tensor)
+    }
     usage = assembly.on_cubin("cuobjdump", "-res-usage", compiled.asm["cubin"])
     widths, regions = assembly.read_ptx(compiled.asm["ptx"], pointers)
 
@@ -355,6 +366,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         cooperative=arguments.get("launch_cooperative_grid", False),
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,
+        uneven_sums=assembly.uneven_sums(compiled.asm["ptx"]),
     )
 
 

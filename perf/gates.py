@@ -65,6 +65,11 @@ def divisions(k: Lowered) -> str | None:
     return f"{found} integer divisions in a loop over elements" if found else None
 
 
+def uneven_sums(k: Lowered) -> str | None:
+    """Lanes with sums of their own, of which shared memory may take either: not the same bits again."""
+    return f"{k.uneven_sums} sums that differ between lanes" if k.uneven_sums else None
+
+
 def issue(k: Lowered, device: Device) -> str | None:
     needed, most = k.instructions_per_byte, ISSUE_SHARE * device.issue_budget
     if needed is None or needed <= most:
@@ -97,6 +102,7 @@ OF_KERNELS = (
     Gate("4 registers", True, registers),
     Gate("5 bytes in flight", False, in_flight),
     Gate("7 divisions", True, divisions),
+    Gate("10 uneven sums", True, uneven_sums),
 )
 """Gates that any compiled kernel can be held to."""
 

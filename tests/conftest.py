@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run in Triton's interpreter, and every launch is guarded."""
+"""Without a GPU the kernels run in Triton's interpreter, and every launch is guarded; or, where
+TRITONNORM_EMULATE names a target such as sm_90, as they are compiled for it, in an emulator."""
 
 import os
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+EMULATED = os.environ.get("TRITONNORM_EMULATE")
+if not HAS_GPU and not EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The tensors are small. Where other processes want the cores, as pytest-xdist's do, threads waiting
     # for each other took five times as long (test_transformers.py, two cores).
@@ -52,6 +54,12 @@ def _no_plans_kept():
 @pytest.fixture(autouse=True)
 def _guarded():
     """Accesses outside a launch's tensors and races between its programs fail the test."""
+    if EMULATED:
+        from emulation import emulated
+
+        with emulated(EMULATED):
+            yield
+        return
     if not INTERPRETED:
         yield
         return

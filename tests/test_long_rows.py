@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import INTERPRETED
+from conftest import EMULATED, HAS_GPU, INTERPRETED
 from operators import LAYER_NORM, RMS_NORM, every_operator, run
 from test_rms_norm_variant import OFFSET
 from test_rows import compare
@@ -23,6 +23,7 @@ import tritonnorm.functional as tF
 from perf.launches import TEAMS, observe
 from tritonnorm import heuristics, launch
 from tritonnorm.kernels import row_team
+from tritonnorm.launch.common import TRITON_VERSION
 
 N = 5003
 """Neither a power of two nor of whole words, and too long for a program of `small`, in both passes."""
@@ -40,17 +41,21 @@ def small(monkeypatch):
 
 
 def allow_clusters(monkeypatch):
-    if INTERPRETED:
+    if HAS_GPU:
+        largest = launch.common.largest_cluster(torch.cuda.current_device())
+    elif EMULATED == "sm_80" or (EMULATED and TRITON_VERSION < heuristics.rows.CLUSTER_TRITON):
+        largest = 1
+    else:
         largest = heuristics.rows.LARGEST_CLUSTER
         monkeypatch.setattr(launch.rows, "largest_cluster", lambda index: largest)
-    elif launch.common.largest_cluster(torch.cuda.current_device()) == 1:
+    if largest == 1:
         pytest.skip("needs a GPU of sm_90 or later, and Triton 3.8 or later")
 
 
 def allow_teams(monkeypatch):
     """As if they had been measured to be faster."""
     monkeypatch.setattr(launch.rows, "largest_cluster", lambda index: 1)
-    facts = H100 if INTERPRETED else launch.common.device_facts(torch.device("cuda"))
+    facts = launch.common.device_facts(torch.device("cuda")) if HAS_GPU else H100
     for index in range(-1, torch.cuda.device_count()):
         monkeypatch.setitem(launch.common.CHOICES, index, TEAMS)
     monkeypatch.setattr(launch.row_teams, "device_facts", lambda device: facts)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from channels import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, every_format, in_format, run
-from conftest import INTERPRETED
+from conftest import HAS_GPU, INTERPRETED
 from test_channels import make_small
 
 import tritonnorm.functional as tF
@@ -38,7 +38,7 @@ def teams(monkeypatch):
         return team
 
     choose = heuristics.teams.team
-    facts = H100 if INTERPRETED else launch.common.device_facts(torch.device("cuda"))
+    facts = launch.common.device_facts(torch.device("cuda")) if HAS_GPU else H100
     monkeypatch.setattr(heuristics.teams, "team", narrow)
     monkeypatch.setattr(launch.pieces, "device_facts", lambda device: facts)
     with choosing(TEAMS):

@@ -1,0 +1,83 @@
+"""Launches on CPU tensors of what the compiler makes of the kernels, for a GPU that is not there."""
+
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+import triton
+from ptx import numpy_type, parse
+from ptx_machine import Blocks, Memory
+from ptx_steps import step_of
+
+from perf.compiled import AbsentDriver, operands_of
+from perf.launches import observe, tensors
+from tritonnorm import dispatch
+
+MOST_THREADS = 1 << 13
+"""Threads, at most, that run together where those of a launch need not: a register takes 32 KB."""
+
+
+@lru_cache(maxsize=64)
+def _read(ptx: str):
+    """The entry of a module, and what its instructions do."""
+    entry = parse(ptx)
+    return entry, [step_of(instruction, entry) for instruction in entry.instructions]
+
+
+def launch(ptx: str, grid, operands, shared_bytes: int, ranges, together: bool = False) -> None:
+    """Runs a grid of programs: some after the others, unless all have to be there `together`.
+
+    `operands` are numbers and addresses; `ranges` say from which address to which there is memory.
+    """
+    entry, steps = _read(ptx)
+    parameters = {
+        name: np.array(value, numpy_type(kind))
+        for (kind, name), value in zip(entry.parameters, operands, strict=True)
+    }
+    grid = (grid[0] * entry.cluster, *grid[1:], 1)[:2]
+    count, memory = prod(grid), Memory(ranges)
+    at_once = max(MOST_THREADS // (entry.threads * entry.cluster), 1) * entry.cluster
+    if together:
+        at_once = count
+    with np.errstate(all="ignore"):
+        for first in range(0, count, at_once):
+            numbers = range(first, min(first + at_once, count))
+            Blocks(entry, numbers, grid, memory, shared_bytes, parameters).run(steps)
+
+
+def _range(tensor) -> tuple[int, int]:
+    """From which address to which a tensor's memory is."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def run(kernel, grid, arguments) -> None:
+    """Compiles a launch, and runs it."""
+    compiled = kernel.warmup(grid=grid, **arguments)
+    operands = [value for _, value in operands_of(kernel, arguments)]
+    launch(
+        compiled.asm["ptx"],
+        grid,
+        # Triton adds two pointers to scratch memory, of which these kernels have none.
+        [*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in operands), 0, 0],
+        compiled.metadata.shared,
+        [_range(t) for t in tensors(arguments).values()],
+        together=arguments.get("launch_cooperative_grid", False),
+    )
+
+
+@contextmanager
+def emulated(target: str):
+    """While open, CPU tensors take the kernels' path, with kernels that are compiled for a target."""
+    driver = triton.runtime.driver
+    saved = driver._active, dispatch.INTERPRETED
+    driver.set_active(AbsentDriver(target))
+    dispatch.INTERPRETED = True
+    try:
+        with observe(run):
+            yield
+    finally:
+        driver.set_active(saved[0])
+        dispatch.INTERPRETED = saved[1]

@@ -1,0 +1,321 @@
+"""What each instruction of PTX does to the threads that are at it."""
+
+from collections.abc import Callable
+
+import numpy as np
+from ptx import UNSIGNED, PtxError, bits_of, number, numpy_type, operation
+from ptx_machine import CLUSTER_SHIFT, WARP, Blocks
+
+
+def _reader(operand, kind: str) -> Callable[[Blocks], np.ndarray]:
+    """Reads a register, a number, or the one symbol, where shared memory begins."""
+    if operand[0] != "%":
+        value = number("0" if operand == "global_smem" else operand, kind)
+        return lambda blocks: value
+    numpy_kind, undefined = numpy_type(kind), number("-1", kind)
+
+    def read(blocks):
+        value = blocks.registers.get(operand, undefined)
+        if value.dtype.itemsize > np.dtype(numpy_kind).itemsize:
+            value = value.astype(UNSIGNED[bits_of(kind)])  # the lower bits
+        return value.view(numpy_kind)
+
+    return read
+
+
+def _guarded(instruction) -> Callable[[Blocks], np.ndarray]:
+    """The active threads whose predicate is as the guard wants it."""
+    if instruction.guard is None:
+        return lambda blocks: blocks.active
+    name, expected = instruction.guard
+    return lambda blocks: blocks.active & (blocks.registers[name] == expected)
+
+
+def _members(operand) -> tuple[str, ...]:
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
+def _branch(instruction, entry):
+    target, guarded = entry.labels[instruction.operands[0]], _guarded(instruction)
+
+    def step(blocks):
+        taken = guarded(blocks)
+        if taken.any():
+            blocks.leave(target, taken)
+
+    return step
+
+
+def _return(instruction, entry):
+    def step(blocks):
+        blocks.live = blocks.live & ~blocks.active
+        blocks.next, blocks.idle = None, 0
+
+    return step
+
+
+def _barrier(instruction, entry):
+    of_cluster = instruction.opcode.startswith("barrier.cluster")
+
+    def step(blocks):
+        here = blocks.meet(entry.threads * (entry.cluster if of_cluster else 1))
+        blocks.shared.barrier(here.repeat(entry.cluster) if of_cluster else here)
+
+    return step
+
+
+def _nothing(instruction, entry):
+    """What needs nothing done where the threads of a warp are in step, and copies are at once."""
+    return lambda blocks: None
+
+
+def _access(words, operand, size: int, count: int, guarded):
+    """A function that gives the threads that access memory, and for each of `count` words side by side
+    where they are; and whether it is shared memory."""
+    shared = words[1].startswith("shared")
+    readers = [_reader(term, "b32" if shared else "b64") for term in operand]
+
+    def locate(blocks):
+        active = guarded(blocks)
+        addresses = sum(read(blocks) for read in readers[1:]) + readers[0](blocks)
+        addresses = np.broadcast_to(addresses, blocks.threads)[active]
+        if (addresses % addresses.dtype.type(size * count)).any():
+            raise PtxError(f"an access of {size * count} bytes is not aligned")
+        words = [addresses + addresses.dtype.type(size * i) for i in range(count)]
+        return active, [blocks.shared_places(w, size, active) for w in words] if shared else words
+
+    return locate, shared
+
+
+def _load_parameter(instruction, entry):
+    kind = numpy_type(instruction.opcode.split(".")[-1])
+    name, (parameter,) = instruction.operands
+    return lambda blocks: blocks.write(name, blocks.parameters[parameter].view(kind))
+
+
+def _load(instruction, entry):
+    words = instruction.opcode.split(".")
+    size, names = bits_of(words[-1]) // 8, _members(instruction.operands[0])
+    locate, shared = _access(words, instruction.operands[1], size, len(names), _guarded(instruction))
+
+    def step(blocks):
+        active, found = locate(blocks)
+        for name, places in zip(names, found, strict=True):
+            value = np.zeros(blocks.threads, UNSIGNED[8 * size])
+            if shared:
+                value[active] = blocks.shared.load(places, size, blocks.warp[active])
+            else:
+                value[active] = blocks.memory.load(places, size)
+            blocks.write(name, value, active)
+        if "acquire" in words:  # of what another block may still have to write
+            blocks.waiting |= blocks.active
+            blocks.leave(blocks.next)
+
+    return step
+
+
+def _store(instruction, entry):
+    words = instruction.opcode.split(".")
+    size, names = bits_of(words[-1]) // 8, _members(instruction.operands[1])
+    locate, shared = _access(words, instruction.operands[0], size, len(names), _guarded(instruction))
+    readers = [_reader(name, words[-1]) for name in names]
+
+    def step(blocks):
+        active, found = locate(blocks)
+        for read, places in zip(readers, found, strict=True):
+            values = np.broadcast_to(read(blocks), blocks.threads)[active]
+            if shared:
+                blocks.shared.store(places, size, values, blocks.warp[active])
+            else:
+                blocks.memory.store(places, size, values)
+                blocks.idle = 0
+
+    return step
+
+
+def _atomic_add(instruction, entry):
+    name, address, operand = instruction.operands
+    kind = instruction.opcode.split(".")[-1]
+    size, read = bits_of(kind) // 8, _reader(operand, kind)
+    locate, _ = _access(["atom", "global"], address, size, 1, _guarded(instruction))
+
+    def step(blocks):
+        active, (addresses,) = locate(blocks)
+        added = np.broadcast_to(read(blocks), blocks.threads)[active]
+        found = np.zeros(blocks.threads, numpy_type(kind))
+        for thread, at, more in zip(np.flatnonzero(active), addresses, added, strict=True):
+            old = blocks.memory.load(at[None], size)
+            found[thread] = old[0]
+            blocks.memory.store(at[None], size, old + more)
+        blocks.write(name, found, active)
+        blocks.idle = 0
+
+    return step
+
+
+def _copy_to_shared(instruction, entry):
+    """cp.async, as if it ended at once; what is not copied of its bytes is zero."""
+    to, source, size, *copied = instruction.operands
+    guarded, size = _guarded(instruction), int(size, 0)
+    locate, _ = _access(["st", "shared"], to, 4, size // 4, guarded)
+    readers = [_reader(term, "b64") for term in source]
+    read_copied = _reader(copied[0] if copied else str(size), "b32")
+
+    def step(blocks):
+        active, found = locate(blocks)
+        addresses = np.broadcast_to(sum(read(blocks) for read in readers), blocks.threads)[active]
+        copied = np.broadcast_to(read_copied(blocks), blocks.threads)[active]
+        for i, places in enumerate(found):
+            there = copied > 4 * i
+            values = np.zeros(len(places), np.uint32)
+            values[there] = blocks.memory.load(addresses[there] + np.uint64(4 * i), 4)
+            blocks.shared.store(places, 4, values, blocks.warp[active])
+
+    return step
+
+
+def _matrices(instruction, entry):
+    """ldmatrix and stmatrix: matrices of 8 x 8 elements of 16 bits. Thread i gives the address of row
+    i % 8 of matrix i // 8, and holds of every matrix two elements of row i // 4, from 2 * (i % 4) on."""
+    words = instruction.opcode.split(".")
+    loads, transposed = words[0] == "ldmatrix", "trans" in words
+    names, address = instruction.operands if loads else instruction.operands[::-1]
+    names, read = _members(names), [_reader(term, "b32") for term in address]
+
+    def step(blocks):
+        blocks.meet(WARP)
+        starts = np.broadcast_to(sum(r(blocks) for r in read), blocks.threads).astype(np.int64)
+        lane = np.arange(blocks.threads) % WARP
+        first = np.arange(blocks.threads) - lane
+        for i, name in enumerate(names):
+            value = np.zeros(blocks.threads, np.uint32)
+            if not loads:
+                value = np.broadcast_to(_reader(name, "b32")(blocks), blocks.threads)
+            halves = []
+            for half in range(2):
+                row, column = lane // 4, lane % 4 * 2 + half
+                if transposed:
+                    row, column = column, row
+                at = (starts[first + 8 * i + row] + 2 * column)[blocks.active]
+                places = blocks.shared_places(at, 2, blocks.active)
+                warps = blocks.warp[blocks.active]
+                if loads:
+                    halves.append(blocks.shared.load(places, 2, warps).astype(np.uint32))
+                else:
+                    part = (value >> np.uint32(16 * half)).astype(np.uint16)[blocks.active]
+                    blocks.shared.store(places, 2, part, warps)
+            if loads:
+                value[blocks.active] = halves[1] << np.uint32(16) | halves[0]
+                blocks.write(name, value, blocks.active)
+
+    return step
+
+
+def _shuffle(instruction, entry):
+    _, _, mode, kind = instruction.opcode.split(".")
+    name, operand, lane, clamp, members = instruction.operands
+    if (clamp, members) != ("31", "-1") or mode not in ("bfly", "idx"):
+        raise PtxError(f"unknown instruction {instruction.opcode} {clamp}, {members}")
+    read, read_lane = _reader(operand, kind), _reader(lane, "b32")
+
+    def step(blocks):
+        blocks.meet(WARP)
+        own = np.arange(blocks.threads) % WARP
+        lanes = np.broadcast_to(read_lane(blocks), blocks.threads).astype(np.int64) % WARP
+        source = own ^ lanes if mode == "bfly" else lanes
+        values = np.broadcast_to(read(blocks), blocks.threads)
+        blocks.write(name, values[np.arange(blocks.threads) - own + source])
+
+    return step
+
+
+def _reduce(instruction, entry):
+    name, operand, _ = instruction.operands
+    read = _reader(operand, instruction.opcode.split(".")[-1])
+
+    def step(blocks):
+        blocks.meet(WARP)
+        values = np.broadcast_to(read(blocks), blocks.threads).reshape(-1, WARP)
+        blocks.write(name, values.sum(1, dtype=values.dtype).repeat(WARP))
+
+    return step
+
+
+def _map_address(instruction, entry):
+    name, address, rank = instruction.operands
+    read, read_rank = _reader(address, "b32"), _reader(rank, "b32")
+
+    def step(blocks):
+        block = read_rank(blocks) + np.uint32(1)
+        blocks.write(name, read(blocks) + (block << np.uint32(CLUSTER_SHIFT)))
+
+    return step
+
+
+def _move_parts(instruction, entry):
+    """A register to several that are its parts, or the reverse; the first is the lowest."""
+    to, of = instruction.operands
+    kind = instruction.opcode.split(".")[-1]
+    if isinstance(to, tuple):
+        part, read = UNSIGNED[bits_of(kind) // len(to)], _reader(of, kind)
+
+        def split(blocks):
+            values = np.ascontiguousarray(np.broadcast_to(read(blocks), blocks.threads))
+            parts = values.view(part).reshape(blocks.threads, -1)
+            for i, name in enumerate(to):
+                if name != "_":
+                    blocks.write(name, np.ascontiguousarray(parts[:, i]))
+
+        return split
+    readers = [_reader(name, f"b{bits_of(kind) // len(of)}") for name in of]
+
+    def join(blocks):
+        parts = [np.broadcast_to(read(blocks), blocks.threads) for read in readers]
+        blocks.write(to, np.stack(parts, axis=1).view(numpy_type(kind))[:, 0])
+
+    return join
+
+
+def _compute(instruction, entry):
+    name, *operands = instruction.operands
+    function, kinds, _ = operation(instruction.opcode, len(operands))
+    readers = [_reader(operand, kind) for operand, kind in zip(operands, kinds, strict=True)]
+    guarded = None if instruction.guard is None else _guarded(instruction)
+
+    def step(blocks):
+        value = function(*(read(blocks) for read in readers))
+        blocks.write(name, value, guarded and guarded(blocks))
+
+    return step
+
+
+STEPS = {
+    "bra": _branch,
+    "ret": _return,
+    "bar.sync": _barrier,
+    "barrier.cluster": _barrier,
+    "bar.warp": _nothing,
+    "cp.async.commit_group": _nothing,
+    "cp.async.wait_group": _nothing,
+    "cp.async": _copy_to_shared,
+    "ld.param": _load_parameter,
+    "ld": _load,
+    "st": _store,
+    "atom.global.gpu.acq_rel.add": _atomic_add,
+    "ldmatrix": _matrices,
+    "stmatrix": _matrices,
+    "shfl": _shuffle,
+    "redux.sync.add": _reduce,
+    "mapa": _map_address,
+}
+"""What an instruction does beside computing, by the longest beginning of its opcode."""
+
+
+def step_of(instruction, entry) -> Callable[[Blocks], None]:
+    words = instruction.opcode.split(".")
+    for count in range(len(words), 0, -1):
+        if make := STEPS.get(".".join(words[:count])):
+            return make(instruction, entry)
+    if any(isinstance(operand, tuple) for operand in instruction.operands):
+        return _move_parts(instruction, entry)
+    return _compute(instruction, entry)
