@@ -36,10 +36,10 @@ def between_warps(count, WORD):
 
 
 @triton.constexpr_function
-def alone(count, WORD):
+def alone(count, WORD, most=256):
     """Whether a thread may have a single element of a line of `count`, of which it accesses WORD at
-    once. There are at most 256 such threads along a line, in every launch."""
-    return WORD == 1 and count <= 256
+    once: launches spread a line over `most` threads."""
+    return WORD == 1 and count <= most
 
 
 @triton.constexpr_function

@@ -18,6 +18,7 @@ from .primitives import (
     load_parameter,
     load_statistics,
     load_tile,
+    product,
     row_spread,
     saved_x_hat,
     scale,
@@ -110,7 +111,7 @@ def row_team_forward(
         if NORM == "layer":
             columns = columns_of(places, N, BLOCK_N)[None, :]
             means = published(mean_partial_ptr, rows, places, N, BLOCK_N)
-            mean = divide(tl.sum(means * columns, axis=1), N)
+            mean = divide(tl.sum(product(means, columns, ALONE=True), axis=1), N)
             distance = means - mean[:, None]
             sum_of_squares += distance * distance * columns
             deviation += (own_mean - mean).to(dtype)[:, None]

@@ -87,7 +87,7 @@ def forward_tile(
     x = load_tile(x_ptr, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     gain = load_channels(gain_ptr, channels, present, dtype)
 
-    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN))
+    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN), 512)
     spread = square_root(tl.sum(product(x, x, ALONE), axis=1))
     y = x * (gain * inverse_norm(spread))[:, None]
 
@@ -161,7 +161,7 @@ def backward_tile(
     inverse = inverse_norm(load_channels(spread_ptr, channels, present, dtype))
     x_hat = x * inverse[:, None]
 
-    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN))
+    ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN), 512)
     dgain = tl.sum(product(dy, x_hat, ALONE), axis=1)
 
     if dx_ptr is not None:

@@ -162,7 +162,7 @@ def uneven_sums(ptx: str) -> int:
     the other's is, and the two lanes have different sums of the same numbers."""
     factors, shuffled, whole, found = {}, {}, {}, 0
     for line in ptx.splitlines():
-        opcode, _, operands = line.strip().partition("\t" if "\t" in line.strip() else " ")
+        opcode, operands = [*line.split(None, 1), "", ""][:2]
         names = re.findall(r"%\w+", operands)
         if opcode.startswith("mul.f"):
             factors[names[0]] = {*names[1:]}

@@ -157,8 +157,7 @@ class Blocks:
         self.next = None
 
     def write(self, name: str, value, active=None):
-        """Sets a register of the threads that are active, or of some of them. To 64 bits a smaller number
-        is widened."""
+        """Sets a register, which may be wider, of the threads that are active or of some of them."""
         value = np.broadcast_to(value, self.threads)
         if value.dtype != np.bool_:
             if name.startswith("%rd") and value.dtype.itemsize < 8:

@@ -29,6 +29,7 @@ def test_gates_of_kernels():
     few = of(gates.OF_KERNELS, kernel(registers=250))["5 bytes in flight"]
     assert few.how == "8 KB in flight, less than 32"
     assert not few.fails
+    assert of(gates.OF_KERNELS, kernel(uneven_sums=1))["10 uneven sums"].fails
     loop = replace(walking().regions[1], divisions=1)
     assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
     assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}
@@ -64,6 +65,7 @@ def test_what_is_exempt_is_named_and_does_not_fail():
     wide = of(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))["4 registers"]
     assert not wide.fails
     assert wide.line("here").endswith("198 registers, more than 96 (exempt: a float64 takes two)")
+    assert of(gates.OF_KERNELS, kernel(uneven_sums=1))["10 uneven sums"].fails
     loop = replace(walking().regions[1], divisions=1)
     strided = walking(regions=[Region(), loop], layout="strided")
     assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from perf import gates
-from perf.assembly import Region, read_ptx, read_sass
+from perf.assembly import Region, read_ptx, read_sass, uneven_sums
 from perf.compiled import TARGETS, Lowered
 from perf.lowering import LAYERS, weight_cases
 from perf.shapes import Case
@@ -300,3 +300,28 @@ def test_sass_has_the_same_loops_and_no_subroutines():
     instructions, accesses = read_sass(LOOPS_IN_SASS)
     assert instructions == [3, 3, 4]  # the exit in the outer loop is passed as often as the loop is run
     assert accesses == [1, 0, 2]
+
+
+UNEVEN = """
+	mul.f32 	%r3, %r1, %r2;
+	shfl.sync.bfly.b32 	%r4, %r3, 1, 31, -1;
+	fma.rn.f32 	%r5, %r1, %r2, %r4;
+"""
+UNEVEN_PAIRS = """
+	mul.f32x2 	%rd3, %rd1, %rd2;
+	mov.b64 	{%r1, %r2}, %rd3;
+	shfl.sync.bfly.b32 	%r3, %r1, 1, 31, -1;
+	shfl.sync.bfly.b32 	%r4, %r2, 1, 31, -1;
+	mov.b64 	%rd4, {%r3, %r4};
+	fma.rn.f32x2 	%rd5, %rd1, %rd2, %rd4;
+"""
+
+
+def test_sums_that_differ_between_lanes():
+    """An FMA of a product and another lane's; not one that adds something else, or a sum."""
+    assert uneven_sums(UNEVEN) == uneven_sums(UNEVEN_PAIRS) == 1
+    assert uneven_sums(UNEVEN.replace("%r1, %r2, %r4", "%r1, %r6, %r4")) == 0
+    assert (
+        uneven_sums(UNEVEN.replace("fma.rn.f32 	%r5, %r1, %r2, %r4", "add.f32 	%r5, %r3, %r4"))
+        == 0
+    )
