@@ -1,6 +1,7 @@
 """Launches on CPU tensors of what the compiler makes of the kernels, for a GPU that is not there."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -10,6 +11,8 @@ import triton
 from ptx import numpy_type, parse
 from ptx_machine import Blocks, Memory
 from ptx_steps import step_of
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from perf.compiled import AbsentDriver, operands_of
 from perf.launches import observe, tensors
@@ -17,6 +20,9 @@ from tritonnorm import dispatch
 
 MOST_THREADS = 1 << 13
 """Threads, at most, that run together where those of a launch need not: a register takes 32 KB."""
+
+EVERYWHERE = ((1 << 12, 1 << 47),)
+"""All addresses that a process may have memory at."""
 
 
 @lru_cache(maxsize=64)
@@ -53,19 +59,35 @@ def _range(tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
-def run(kernel, grid, arguments) -> None:
+@dataclass(frozen=True)
+class Emulated:
+    """A compiled kernel, as what records launches takes it."""
+
+    kernel: JITFunction
+    compiled: CompiledKernel
+    together: bool
+    function: None = None
+    packed_metadata: None = None
+
+    def launch(self, grid, arguments, ranges) -> None:
+        operands = [value for _, value in operands_of(self.kernel, arguments)]
+        addresses = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in operands]
+        addresses += 0, 0  # Triton adds pointers to memory of which these kernels need none
+        ptx, shared_bytes = self.compiled.asm["ptx"], self.compiled.metadata.shared
+        launch(ptx, grid, addresses, shared_bytes, ranges, self.together)
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *values) -> None:
+        """As Triton's launcher: `values` are the kernel's parameters, addresses for tensors. Where the
+        memory behind those ends is not known."""
+        self.launch((x, y, z), dict(zip(self.kernel.arg_names, values, strict=True)), EVERYWHERE)
+
+
+def run(kernel, grid, arguments) -> Emulated:
     """Compiles a launch, and runs it."""
-    compiled = kernel.warmup(grid=grid, **arguments)
-    operands = [value for _, value in operands_of(kernel, arguments)]
-    launch(
-        compiled.asm["ptx"],
-        grid,
-        # Triton adds two pointers to scratch memory, of which these kernels have none.
-        [*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in operands), 0, 0],
-        compiled.metadata.shared,
-        [_range(t) for t in tensors(arguments).values()],
-        together=arguments.get("launch_cooperative_grid", False),
-    )
+    together = arguments.get("launch_cooperative_grid", False)
+    emulated = Emulated(kernel, kernel.warmup(grid=grid, **arguments), together)
+    emulated.launch(grid, arguments, [_range(t) for t in tensors(arguments).values()])
+    return emulated
 
 
 @contextmanager

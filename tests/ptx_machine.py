@@ -41,7 +41,7 @@ class Memory:
             raise PtxError("an access outside of the launch's tensors")
         for i in np.unique(found):
             start = int(self.starts[i])
-            first = start + -start % size  # a word; a tensor may begin between two
+            first = start + -start % size  # a word's address; a tensor may begin between two
             memory = self.bytes[i][first - start :]
             words = memory[: len(memory) // size * size].view(UNSIGNED[8 * size])
             here = found == i
