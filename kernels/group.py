@@ -1,17 +1,35 @@
 """Sets of the channel view `[N, C, S]` that are resident in one program: one read. Notation:
 kernels/README.md.
 
-A tile `[BLOCK_C, BLOCK_S]` holds all S positions of GROUPS groups of CG channels. In the backward pass a
-program walks through images, and keeps the sums that the parameters' gradients are made of.
+CHUNKS tiles `[BLOCK_C, BLOCK_S]` side by side hold all S positions of GROUPS groups of CG channels. In
+the backward pass a program walks through images, and keeps the sums that the parameters' gradients are
+made of.
 """
 
 import triton
 import triton.language as tl
 
-from .channel import known_to_divide, load_channels, load_tile, set_numbers, store_tile, tile_mask
+from .channel import (
+    known_to_divide,
+    load_channels,
+    load_weight,
+    set_numbers,
+    store_tile,
+    tile_mask,
+    tile_pointers,
+)
 from .fold import update_running
 from .names import kernel
-from .primitives import centers_twice, compute_dtype, input_gradient, inverse_deviation, times
+from .primitives import (
+    centers_twice,
+    compute_dtype,
+    inverse_deviation,
+    normalized,
+    products,
+    row_sum,
+    times,
+    widened,
+)
 
 
 @triton.jit
@@ -32,10 +50,34 @@ def over_groups(per_channel, CG: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def center_groups(x, mask, inverse_count, CG: tl.constexpr, GROUPS: tl.constexpr):
-    """Mean of each channel's group, `[BLOCK_C]`, and the tile less it, zero in the padding lanes."""
-    mean = times(over_groups(tl.sum(x, axis=1), CG, GROUPS), inverse_count)
-    return mean, tl.where(mask, x - mean[:, None], 0.0)
+def tile_masks(present, lanes, S, CHUNKS: tl.constexpr, ADJACENT: tl.constexpr, ALIGN: tl.constexpr):
+    """Which elements of tiles side by side exist: a mask `[BLOCK_C, BLOCK_S]` each."""
+    masks = ()
+    for i in tl.static_range(CHUNKS):
+        masks += (tile_mask(present, lanes + i * lanes.shape[0], S, ADJACENT, ALIGN),)
+    return masks
+
+
+@triton.jit
+def load_tiles(ptr, image, channels, lanes, masks, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr):
+    """Tiles side by side `[BLOCK_C, BLOCK_S]`, in the compute dtype; zero in the padding lanes."""
+    tiles = ()
+    for i in tl.static_range(len(masks)):
+        positions = lanes + i * lanes.shape[0]
+        pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, 0)
+        tiles += (widened(tl.load(pointers, masks[i], other=0.0)),)
+    return tiles
+
+
+@triton.jit
+def center_groups(tiles, masks, inverse_count, CG: tl.constexpr, GROUPS: tl.constexpr):
+    """Mean of each channel's group, `[BLOCK_C]`, and the tiles less it, zero in the padding lanes."""
+    mean = times(over_groups(row_sum(tiles), CG, GROUPS), inverse_count)
+    deviations = ()
+    for i in tl.static_range(len(tiles)):
+        # Selecting what is subtracted takes an instruction for adjacent lanes together.
+        deviations += (tiles[i] - tl.where(masks[i], mean[:, None], 0.0),)
+    return mean, deviations
 
 
 @kernel(do_not_specialize=["N", "C", "S"])
@@ -63,6 +105,7 @@ def group_forward(
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -70,31 +113,34 @@ def group_forward(
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     blocks = tl.cdiv(C, GROUPS * CG)
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_C)
-    channels = tl.program_id(0) % blocks * (GROUPS * CG) + lanes
-    positions = tl.arange(0, BLOCK_S)
+    rows = tl.arange(0, BLOCK_C)
+    channels = tl.program_id(0) % blocks * (GROUPS * CG) + rows
     present = channels < known_to_divide(C, ADJACENT == "c", ALIGN)
-    present &= lanes < GROUPS * CG
-    mask = tile_mask(present, positions, S, ADJACENT, ALIGN)
+    present &= rows < GROUPS * CG
+    lanes = tl.arange(0, BLOCK_S)
+    masks = tile_masks(present, lanes, S, CHUNKS, ADJACENT, ALIGN)
 
-    x = load_tile(x_ptr, image, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+    xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
 
-    mean, deviation = center_groups(x, mask, inverse_count, CG, GROUPS)
-    if centers_twice(x_ptr.dtype.element_ty, CG * BLOCK_S):
-        rest, deviation = center_groups(deviation, mask, inverse_count, CG, GROUPS)
+    mean, deviations = center_groups(xs, masks, inverse_count, CG, GROUPS)
+    if centers_twice(x_ptr.dtype.element_ty, CG * CHUNKS * BLOCK_S):
+        rest, deviations = center_groups(deviations, masks, inverse_count, CG, GROUPS)
         mean += rest
-    squares = over_groups(tl.sum(deviation * deviation, axis=1), CG, GROUPS)
+    squares = over_groups(row_sum(products(deviations, deviations)), CG, GROUPS)
     variance = times(squares, inverse_count)
     rstd = inverse_deviation(variance, eps)
 
     factor = rstd
     if weight_ptr is not None:
         factor *= load_channels(weight_ptr, channels, present, dtype)
-    y = deviation * factor[:, None]
+    shift = tl.zeros_like(mean)
     if bias_ptr is not None:
-        y += load_channels(bias_ptr, channels, present, dtype)[:, None]
+        shift += load_channels(bias_ptr, channels, present, dtype)
+    for i in tl.static_range(CHUNKS):
+        y = deviations[i] * factor[:, None] + shift[:, None]
+        positions = i * BLOCK_S + lanes
+        store_tile(y_ptr, y, image, channels, positions, masks[i], y_strides, ADJACENT, ALIGN)
 
-    store_tile(y_ptr, y, image, channels, positions, mask, y_strides, ADJACENT, ALIGN)
     sets = set_numbers(image, channels, CG, C // CG)
     first = present & (channels % CG == 0)
     if mean_ptr is not None:
@@ -137,44 +183,45 @@ def group_backward(
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """dx of all images, and a partial dweight and dbias of those that one program walks through."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     program = tl.program_id(1).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_C)
-    channels = tl.program_id(0) * (GROUPS * CG) + lanes
-    positions = tl.arange(0, BLOCK_S)
+    rows = tl.arange(0, BLOCK_C)
+    channels = tl.program_id(0) * (GROUPS * CG) + rows
     present = channels < known_to_divide(C, ADJACENT == "c", ALIGN)
-    present &= lanes < GROUPS * CG
-    mask = tile_mask(present, positions, S, ADJACENT, ALIGN)
+    present &= rows < GROUPS * CG
+    lanes = tl.arange(0, BLOCK_S)
+    masks = tile_masks(present, lanes, S, CHUNKS, ADJACENT, ALIGN)
     dweight = tl.zeros([BLOCK_C], dtype)
     dbias = tl.zeros([BLOCK_C], dtype)
 
     for image in range(program, N, tl.num_programs(1)):
-        dy = load_tile(dy_ptr, image, channels, positions, mask, dy_strides, ADJACENT, ALIGN)
-        x = load_tile(x_ptr, image, channels, positions, mask, x_strides, ADJACENT, ALIGN)
+        dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
+        xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
         sets = set_numbers(image, channels, CG, C // CG)
         mean = load_channels(mean_ptr, sets, present, dtype)
         rstd = load_channels(rstd_ptr, sets, present, dtype)
-        x_hat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        x_hats = ()
+        for i in tl.static_range(CHUNKS):
+            x_hats += (normalized(xs[i], (rstd, mean), rstd, masks[i]),)
 
-        dy_x_hat = tl.sum(dy * x_hat, axis=1)
-        dy_sum = tl.sum(dy, axis=1)
+        dy_x_hat = row_sum(products(dys, x_hats))
+        dy_sum = row_sum(dys)
         dweight += dy_x_hat
         dbias += dy_sum
         if dx_ptr is not None:
-            wdy = dy
-            if weight_ptr is not None:
-                weight = load_channels(weight_ptr, channels, present, dtype)
-                wdy *= weight[:, None]
-                dy_x_hat *= weight
-                dy_sum *= weight
-            c1 = times(over_groups(dy_x_hat, CG, GROUPS), inverse_count)
-            c2 = times(over_groups(dy_sum, CG, GROUPS), inverse_count)
-            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
-            store_tile(dx_ptr, dx, image, channels, positions, mask, dx_strides, ADJACENT, ALIGN)
+            weight = load_weight(weight_ptr, channels, present, dtype)
+            c1 = times(over_groups(dy_x_hat * weight, CG, GROUPS), inverse_count)
+            c2 = times(over_groups(dy_sum * weight, CG, GROUPS), inverse_count)
+            factor, c1, c2 = weight * rstd, c1 * rstd, c2 * rstd
+            for i in tl.static_range(CHUNKS):
+                dx = dys[i] * factor[:, None] - c2[:, None] - x_hats[i] * c1[:, None]
+                positions = i * BLOCK_S + lanes
+                store_tile(dx_ptr, dx, image, channels, positions, masks[i], dx_strides, ADJACENT, ALIGN)
 
     partial = program * C + channels
     if dweight_partial_ptr is not None:

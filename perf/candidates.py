@@ -82,18 +82,27 @@ def _programs(programs: int, **_) -> Iterator[int]:
 
 
 def _group_tiles(
-    tile: GroupTile | None, cg: int, s: int, itemsize: int, **_
+    tile: GroupTile | None, cg: int, s: int, itemsize: int, adjacent: str | None, **_
 ) -> Iterator[GroupTile | None]:
-    def of(groups, num_warps):
-        sizes = power_of_two(groups * cg), power_of_two(s)
-        return GroupTile(groups, *sizes, num_warps, registers(max(num_warps, 1), itemsize))
+    """Those of other numbers of groups, of warps, and of tiles side by side, none of which is empty."""
+
+    def of(groups, num_warps, chunks):
+        width = power_of_two(ceil(s / chunks))
+        chunks = ceil(s / width)
+        most = registers(max(num_warps, 1), itemsize)
+        return GroupTile(
+            groups, power_of_two(groups * cg), chunks * width, num_warps, most, chunks=chunks
+        )
 
     if tile is not None:
         for of_groups, of_warps in BOTH:
-            yield of(_times(tile.groups, of_groups), _times(tile.num_warps, of_warps))
+            groups, num_warps = _times(tile.groups, of_groups), _times(tile.num_warps, of_warps)
+            yield of(groups, num_warps, tile.chunks)
+        for step in STEPS if adjacent == "s" else ():
+            yield of(tile.groups, tile.num_warps, max(_times(tile.chunks, step), 1))
         yield None
     elif power_of_two(cg) * power_of_two(s) <= RESIDENT_AFTER_ALL:
-        yield of(1, MAX_WARPS)
+        yield of(1, MAX_WARPS, 1)
 
 
 def _pieces(pieces: Pieces, s: int, itemsize: int, over_batch: bool, **_) -> Iterator[Pieces]:

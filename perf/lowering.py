@@ -50,13 +50,19 @@ tiles among them."""
 
 GROUPS = 32
 CHANNEL_SHAPES = {
-    "group_norm": ((1, 320, 64, 64), (1, 1280, 8, 8), (1, 640, 16, 16), (1, 320, 32, 32)),
-    "instance_norm": ((1, 64, 64, 64), (2, 64, 16, 16), (2, 64, 4, 8), (1, 32, 128, 128)),
+    "group_norm": (
+        *((1, 320, 64, 64), (1, 1280, 8, 8), (1, 640, 16, 16), (1, 320, 32, 32)),
+        *((1, 2048, 7, 7), (1, 512, 28, 28)),
+    ),
+    "instance_norm": (
+        *((1, 64, 64, 64), (2, 64, 16, 16), (2, 64, 4, 8), (1, 32, 128, 128)),
+        *((2, 64, 7, 7), (2, 64, 14, 14)),
+    ),
     "batch_norm": ((4, 64, 32, 32), (2, 256, 28, 28), (8, 512, 8, 8), (32, 64)),
     "batch_norm_eval": ((4, 64, 32, 32),),
 }
-"""Small batches whose sets are resident, or in pieces, with and without padding. The number of images
-does not reach the code, but for BatchNorm."""
+"""Small batches whose sets are resident, or in pieces, with and without padding, in wide accesses and
+narrow ones. The number of images does not reach the code, but for BatchNorm."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""

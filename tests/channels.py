@@ -111,6 +111,7 @@ SHAPES = (
     Shape(GROUP_NORM, (3, 8, 1, 1), 2, "one position"),
     Shape(GROUP_NORM, (1, 4, 1, 1, 1), 2, "one point of a volume"),
     Shape(GROUP_NORM, (2, 4, 3, 5, 7), 2, "a volume"),
+    Shape(GROUP_NORM, (2, 12, 14, 14), 3, "several tiles side by side, of groups of four channels"),
     Shape(GROUP_NORM, (1, 10, 64, 64), 2, "in pieces, masks of channels"),
     Shape(GROUP_NORM, (1, 2, 130, 131), 1, "in pieces, odd"),
     Shape(
@@ -122,6 +123,7 @@ SHAPES = (
     ),
     Shape(INSTANCE_NORM, (2, 6, 4, 5), None, "many channels a tile"),
     Shape(INSTANCE_NORM, (2, 40, 9, 9), None, "odd"),
+    Shape(INSTANCE_NORM, (3, 20, 7, 7), None, "odd, several tiles side by side in every dtype", True),
     Shape(INSTANCE_NORM, (2, 3, 17), None, "one spatial dimension"),
     Shape(INSTANCE_NORM, (1, 2, 3, 4, 5), None, "a volume"),
     Shape(INSTANCE_NORM, (1, 2, 135, 130), None, "in pieces: more than any resident set"),

@@ -233,15 +233,33 @@ def test_group_tiles_are_legal(direction, itemsize, adjacent):
             channels = tile.groups * (c // groups)
             assert tile.block_c * tile.block_s <= limit
             assert channels <= tile.block_c < 2 * channels
-            assert s <= tile.block_s < 2 * s
+            width = tile.block_s // tile.chunks
+            assert width <= common.power_of_two(s)
+            assert (tile.chunks - 1) * width < s <= tile.block_s
+            assert tile.chunks == 1 or adjacent == "s"
             assert (
                 c == groups or groups % tile.groups == 0
             )  # a group's place in a tile is one for all images
-            for size in (tile.block_c, tile.block_s, tile.num_warps):
+            for size in (tile.block_c, width, tile.num_warps):
                 assert size & (size - 1) == 0
             assert tile.num_warps <= common.MAX_WARPS
+            if tile.registers is not None:
+                assert tile.registers * tile.num_warps * common.WARP <= common.SM_REGISTERS
             if adjacent != "s" and tile.groups < groups:
                 assert channels * itemsize >= channel_choices.LINE_BYTES
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_short_lines_stay_in_a_warp(direction, itemsize):
+    """A line of a tile is at most 32 accesses wide, and a sector at least; a thread has few lines."""
+    choose = getattr(channel_choices, f"group_{direction}")
+    for s in (49, 64, 196, 256):
+        tile, access = choose(1, 2048, s, itemsize, "s"), min(s & -s, 16 // itemsize)
+        width = tile.block_s // tile.chunks
+        assert channel_choices.LINE_TILE_BYTES // itemsize <= width <= common.WARP * access
+        a_thread = tile.block_c * width // (tile.num_warps * common.WARP)
+        assert a_thread <= max(channel_choices.THREAD_LINES, access)
 
 
 def test_resident_sets():

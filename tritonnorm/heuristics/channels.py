@@ -7,6 +7,7 @@ from .common import (
     FOLD_STEPS,
     MIN_WARPS,
     WARP,
+    WORD_BYTES,
     RowTile,
     power_of_two,
     registers,
@@ -14,14 +15,45 @@ from .common import (
     whole_words,
 )
 
-GROUP_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
-GROUP_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
-GROUP_BACKWARD_ELEMENTS_ACROSS = {2: 16, 4: 16, 8: 8}
+LINE_ELEMENTS = {2: 32, 4: 16, 8: 8}
+"""Elements a thread of resident sets of contiguous images, by bytes an element, forward and backward: 32
+to 64 registers forward, up to 128 backward. Half as many of bfloat16 take half as many instructions
+again (unmeasured)."""
+
+NARROW_LINE_ELEMENTS, NARROW_SET = 16, 4096
+"""The same, at most, where accesses are of less than 8 bytes, each with an address of its own. Half as
+many backward of sets of more than 4,096 elements, which would spill up to 104 bytes."""
+
+LINE_TILES = 8
+"""Tiles side by side, at most, that hold a line of positions: a thread then has the sums of few lines,
+and few lanes share one. As a single tile it would be spread over several warps, and every lane would
+have elements of many lines to add up."""
+
+THREAD_LINES = 4
+"""Lines, at most, that a thread has elements of, a word of each."""
+
+LINE_TILE_BYTES = 32
+"""Bytes side by side, at least, of a line of such a tile: a sector of DRAM (unmeasured)."""
+
+ACROSS_FORWARD_ELEMENTS = {2: 32, 4: 16, 8: 8}
+ACROSS_BACKWARD_ELEMENTS = {2: 16, 4: 16, 8: 8}
+"""The same of channels_last, whose threads have several channels: 128 registers backward."""
+
+SCATTERED_ELEMENTS = {2: 16, 4: 16, 8: 8}
+"""The same, both passes, where no wide access reaches channels_last, or nothing is adjacent."""
+
+GROUP_FORWARD_REGISTERS, GROUP_BACKWARD_REGISTERS = 96, 128
+GROUP_FORWARD_TOLD = {2: 8, 4: 8, 8: 0}
+GROUP_BACKWARD_TOLD = {2: 8, 4: 4, 8: 0}
+"""Registers a thread, at most, that the assembler is told to use for resident sets, and the warps up to
+which it is, by bytes an element. Left alone it spills two of 48 to 80 here and there (on sm_80 and
+sm_100, and with Triton 3.6); of more warps it takes what it is told, and fewer blocks are on an SM."""
+
 GROUP_FORWARD_RESIDENT = {2: 16384, 4: 16384, 8: 8192}
-GROUP_BACKWARD_RESIDENT = {2: 8192, 4: 8192, 8: 4096}
-"""Elements a thread, and largest tile, of sets of channels that are resident: as for rows. Across
-channels_last the backward pass has 16 warps at up to 128 registers for its largest tile; 32 warps have
-64 registers each, and spill."""
+GROUP_BACKWARD_RESIDENT = {2: 16384, 4: 16384, 8: 4096}
+GROUP_BACKWARD_RESIDENT_NARROW = {2: 8192, 4: 8192, 8: 4096}
+"""Largest tile of sets of channels that are resident. Backward it is smaller for channels_last, whose 16
+warps have up to 128 registers, and for narrow accesses: 32 warps have 64 registers each, and spill."""
 
 MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
 """Groups and channels, at most, of a tile of several groups: its folds take instructions a group."""
@@ -71,13 +103,15 @@ another (unmeasured)."""
 
 @dataclass(frozen=True)
 class GroupTile:
-    """`block_c` x `block_s` elements a program: all positions of `groups` whole groups."""
+    """`block_c` x `block_s` elements a program: all positions of `groups` whole groups, in `chunks`
+    tiles side by side, whose widths are powers of two."""
 
     groups: int
     block_c: int
     block_s: int
     num_warps: int
     registers: int | None
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,10 +134,36 @@ class Pieces:
         return ceil(c / self.block_c) * self.count(n, s)
 
 
-def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> GroupTile | None:
+def _narrow(s: int, itemsize: int) -> bool:
+    """Whether lines of s adjacent elements are accessed in less than 8 bytes."""
+    return (s & -s) * itemsize * 2 < WORD_BYTES
+
+
+def _line_tiles(s: int, itemsize: int, narrow: int) -> tuple[int, int, int]:
+    """Of a line of s adjacent positions: the tiles side by side that hold it, their width, and the
+    elements of each that a thread has. It has `narrow` in all, at most, if accesses are."""
+    access, a_thread = min(s & -s, WORD_BYTES // itemsize), LINE_ELEMENTS[itemsize]
+    if _narrow(s, itemsize):
+        a_thread = min(a_thread, narrow)
+    most = max(min(a_thread // access, LINE_TILES), 1)
+    width = max(power_of_two(ceil(s / most)), LINE_TILE_BYTES // itemsize)
+    width = min(width, power_of_two(s))
+    chunks = ceil(s / width)
+    return chunks, width, min(max(a_thread // power_of_two(chunks), 1), max(access, THREAD_LINES))
+
+
+def _group_tile(
+    cg, groups, s, itemsize, adjacent, *, narrow, across, told, told_registers, resident
+) -> GroupTile | None:
     """The tile of groups that are resident; None for those that are not."""
-    block_s = power_of_two(s)
-    filling = MIN_WARPS * WARP * a_thread  # elements that give four warps theirs
+    scattered = adjacent is None or (adjacent == "c" and not whole_words(cg * groups, itemsize))
+    if adjacent == "s":
+        chunks, width, a_thread = _line_tiles(s, itemsize, narrow)
+    else:
+        a_thread = (SCATTERED_ELEMENTS if scattered else across)[itemsize]
+        chunks, width = 1, power_of_two(s)
+    block_s = chunks * width
+    filling = MIN_WARPS * WARP * a_thread * chunks  # elements that give four warps theirs
     best = None
     for count in range(1, groups + 1):
         block_c = power_of_two(count * cg)
@@ -116,8 +176,11 @@ def _group_tile(cg, groups, s, itemsize, adjacent, *, a_thread, resident) -> Gro
         aligned = whole or whole_words(count * cg, itemsize)
         quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
         if best is None or quality > best[0]:
-            warps = warps_of(block_c * block_s, a_thread)
-            best = quality, GroupTile(count, block_c, block_s, warps, registers(warps, itemsize))
+            warps = warps_of(block_c * width, a_thread)
+            most = registers(warps, itemsize)
+            if warps <= told and not scattered:
+                most = told_registers
+            best = quality, GroupTile(count, block_c, block_s, warps, most, chunks)
     if best is None or not best[0][0]:
         return None
     return best[1]
@@ -132,7 +195,10 @@ def group_forward(cg: int, groups: int, s: int, itemsize: int, adjacent: str | N
         s,
         itemsize,
         adjacent,
-        a_thread=GROUP_FORWARD_ELEMENTS[itemsize],
+        narrow=NARROW_LINE_ELEMENTS,
+        across=ACROSS_FORWARD_ELEMENTS,
+        told=GROUP_FORWARD_TOLD[itemsize],
+        told_registers=GROUP_FORWARD_REGISTERS,
         resident=GROUP_FORWARD_RESIDENT[itemsize],
     )
 
@@ -141,15 +207,19 @@ def group_backward(
     cg: int, groups: int, s: int, itemsize: int, adjacent: str | None
 ) -> GroupTile | None:
     """The same for the backward pass."""
-    a_thread = GROUP_BACKWARD_ELEMENTS if adjacent == "s" else GROUP_BACKWARD_ELEMENTS_ACROSS
+    wide = adjacent == "s" and not _narrow(s, itemsize)
+    resident = GROUP_BACKWARD_RESIDENT if wide else GROUP_BACKWARD_RESIDENT_NARROW
     return _group_tile(
         cg,
         groups,
         s,
         itemsize,
         adjacent,
-        a_thread=a_thread[itemsize],
-        resident=GROUP_BACKWARD_RESIDENT[itemsize],
+        narrow=NARROW_LINE_ELEMENTS // (2 if cg * s > NARROW_SET else 1),
+        across=ACROSS_BACKWARD_ELEMENTS,
+        told=GROUP_BACKWARD_TOLD[itemsize],
+        told_registers=GROUP_BACKWARD_REGISTERS,
+        resident=resident[itemsize],
     )
 
 

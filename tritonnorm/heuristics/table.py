@@ -119,10 +119,14 @@ def _group_flaw(tile: GroupTile | None, cg: int, groups: int, s: int, **_) -> st
         return None
     if not 0 < tile.groups <= groups or (cg > 1 and groups % tile.groups):
         return f"an image's {groups} groups do not fill such tiles"
-    if (tile.block_c, tile.block_s) != (power_of_two(tile.groups * cg), power_of_two(s)):
+    if tile.chunks < 1 or tile.block_s % tile.chunks:
+        return "chunks are tiles of one width"
+    width = tile.block_s // tile.chunks
+    held = (tile.chunks - 1) * width < s <= tile.block_s and width <= power_of_two(s)
+    if tile.block_c != power_of_two(tile.groups * cg) or not held:
         return f"a tile holds its groups of {cg} channels of {s} elements, and no more"
     elements = tile.block_c * tile.block_s
-    return _tile_flaw(elements, tile.num_warps) or _registers_flaw(tile.num_warps, tile.registers)
+    return _tile_flaw(elements, tile.num_warps, width) or _registers_flaw(tile.num_warps, tile.registers)
 
 
 def _pieces_flaw(
