@@ -42,7 +42,7 @@ OPERATIONS = {
     "row_team_forward": 10,  # of 32 bits, whose mean is taken twice; and moved to that of the row
     "row_team_backward": 13,
     "group_forward": 6,
-    "group_backward": 10,
+    "group_backward": 9,
     "channel_moments": 8,  # Welford's algorithm six; and merging lanes, at the end of a few steps
     "channel_normalize": 3,
     "channel_gradient_sums": 5,
