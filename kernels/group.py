@@ -21,15 +21,27 @@ from .channel import (
 from .fold import update_running
 from .names import kernel
 from .primitives import (
+    alone,
     centers_twice,
     compute_dtype,
     inverse_deviation,
     normalized,
-    products,
+    product,
     row_sum,
+    summed_products,
     times,
     widened,
+    word,
 )
+
+
+@triton.constexpr_function
+def alone_in_line(dtype, BLOCK_S, ADJACENT, ALIGN):
+    """Whether a thread may have a single position of a channel in a tile: of adjacent positions, a line
+    of which all warps may share; or of channels_last, where lanes lie across channels too."""
+    if ADJACENT == "s":
+        return alone(BLOCK_S, word(dtype, BLOCK_S, ALIGN), 512)
+    return alone(BLOCK_S, 1, 64)
 
 
 @triton.jit
@@ -126,7 +138,8 @@ def group_forward(
     if centers_twice(x_ptr.dtype.element_ty, CG * CHUNKS * BLOCK_S):
         rest, deviations = center_groups(deviations, masks, inverse_count, CG, GROUPS)
         mean += rest
-    squares = over_groups(row_sum(products(deviations, deviations)), CG, GROUPS)
+    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_S, ADJACENT, ALIGN)
+    squares = over_groups(row_sum(summed_products(deviations, deviations, ALONE)), CG, GROUPS)
     variance = times(squares, inverse_count)
     rstd = inverse_deviation(variance, eps)
 
@@ -198,6 +211,7 @@ def group_backward(
     masks = tile_masks(present, lanes, S, CHUNKS, ADJACENT, ALIGN)
     dweight = tl.zeros([BLOCK_C], dtype)
     dbias = tl.zeros([BLOCK_C], dtype)
+    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_S, ADJACENT, ALIGN)
 
     for image in range(program, N, tl.num_programs(1)):
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
@@ -209,14 +223,14 @@ def group_backward(
         for i in tl.static_range(CHUNKS):
             x_hats += (normalized(xs[i], (rstd, mean), rstd, masks[i]),)
 
-        dy_x_hat = row_sum(products(dys, x_hats))
+        dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)
         dweight += dy_x_hat
         dbias += dy_sum
         if dx_ptr is not None:
             weight = load_weight(weight_ptr, channels, present, dtype)
-            c1 = times(over_groups(dy_x_hat * weight, CG, GROUPS), inverse_count)
-            c2 = times(over_groups(dy_sum * weight, CG, GROUPS), inverse_count)
+            c1 = times(over_groups(product(dy_x_hat, weight, ALONE=True), CG, GROUPS), inverse_count)
+            c2 = times(over_groups(product(dy_sum, weight, ALONE=True), CG, GROUPS), inverse_count)
             factor, c1, c2 = weight * rstd, c1 * rstd, c2 * rstd
             for i in tl.static_range(CHUNKS):
                 dx = dys[i] * factor[:, None] - c2[:, None] - x_hats[i] * c1[:, None]

@@ -181,11 +181,21 @@ def product(a, b, ALONE: tl.constexpr):
 
 
 @triton.jit
-def products(tiles, others, ALONE: tl.constexpr = False):
+def products(tiles, others):
     """The products, tile by tile, of tiles side by side."""
     found = ()
     for i in tl.static_range(len(tiles)):
-        found += (product(tiles[i], others[i], ALONE and i == 0),)  # FMAs add the others to the first
+        found += (tiles[i] * others[i],)
+    return found
+
+
+@triton.jit
+def summed_products(tiles, others, ALONE: tl.constexpr):
+    """The same, whose row sums are wanted. The first of several tiles is rounded, and FMAs add the others
+    to it: of a sum of two products the compiler rounds one or the other, not the same in all kernels."""
+    found = ()
+    for i in tl.static_range(len(tiles)):
+        found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
     return found
 
 

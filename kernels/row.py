@@ -30,6 +30,7 @@ from .primitives import (
     saved_x_hat,
     scale,
     store_tile,
+    summed_products,
     tile_mask,
     widened,
     word,
@@ -79,7 +80,7 @@ def row_forward_resident(
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
     ALONE: tl.constexpr = alone(BLOCK_N, word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN))
-    spread = row_spread(row_sum(products(deviations, deviations, ALONE)), eps, N, NORM)
+    spread = row_spread(row_sum(summed_products(deviations, deviations, ALONE)), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
@@ -314,7 +315,7 @@ def row_backward(
         if dx_ptr is not None:
             wdys = dys
             if weight_ptr is not None and HELD:
-                wdys = products(dys, weights, ALONE)
+                wdys = summed_products(dys, weights, ALONE)
             elif weight_ptr is not None:
                 wdys = ()
                 for i in tl.static_range(CHUNKS):
@@ -324,9 +325,9 @@ def row_backward(
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
                 if NORM == "layer" and HELD and between_warps(BLOCK_N, WORD):
-                    sum_wdy, sum_wdy_x_hat = row_sums(wdys, products(wdys, x_hats), WORD)
+                    sum_wdy, sum_wdy_x_hat = row_sums(wdys, summed_products(wdys, x_hats, ALONE), WORD)
                 else:
-                    sum_wdy_x_hat, sum_wdy = row_sum(products(wdys, x_hats, ALONE)), row_sum(wdys)
+                    sum_wdy_x_hat, sum_wdy = row_sum(summed_products(wdys, x_hats, ALONE)), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
             for i in tl.static_range(CHUNKS):
                 dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)
