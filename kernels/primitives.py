@@ -191,8 +191,8 @@ def products(tiles, others):
 
 @triton.jit
 def summed_products(tiles, others, ALONE: tl.constexpr):
-    """The same, whose row sums are wanted. The first of several tiles is rounded, and FMAs add the others
-    to it: of a sum of two products the compiler rounds one or the other, not the same in all kernels."""
+    """The same, whose row sums are wanted. The first of several tiles is rounded, FMAs add the others to
+    it: of a sum of two products the compiler rounds one or the other, not the same in all kernels."""
     found = ()
     for i in tl.static_range(len(tiles)):
         found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
