@@ -88,7 +88,8 @@ def tile_pointers(
 
     ADJACENT names the dimension whose elements are adjacent in memory, "c" or "s"; every line along it
     starts at a multiple of ALIGN elements. This hint decides the access width, and with it the order of
-    sums. Both are None where the compiler has to find out.
+    sums; it is about the last of the sums along a line, as the compiler merges those before, and would
+    forget it. Both are None where the compiler has to find out.
     """
     first = ptr + image * strides[0]
     moved = tl.full((), start, tl.int64) * strides[2]
@@ -98,7 +99,7 @@ def tile_pointers(
         lines = tl.multiple_of(first + moved + across_s, bytes_of(ptr.dtype.element_ty, ALIGN))
         pointers = lines[None, :] + across_c[:, None]
     elif ADJACENT == "s":
-        lines = tl.multiple_of(first + across_c, bytes_of(ptr.dtype.element_ty, ALIGN)) + moved
+        lines = tl.multiple_of(first + moved + across_c, bytes_of(ptr.dtype.element_ty, ALIGN))
         pointers = lines[:, None] + across_s[None, :]
     else:
         pointers = (first + moved + across_c)[:, None] + across_s[None, :]
