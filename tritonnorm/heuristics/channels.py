@@ -68,6 +68,10 @@ FOLD_SET_ELEMENTS, FOLD_SET_COLUMNS = 2048, 4
 are more where its pieces are few; single ones fewer where more than FOLD_STEPS steps would follow one
 another (unmeasured)."""
 
+FOLD_SET_REGISTERS = 168
+"""Registers a thread, at most, of such folds: with 128 those of 512 pieces of four channels spill two to
+four. Few programs fold, and an SM still holds three of them."""
+
 
 @dataclass(frozen=True)
 class GroupTile:
@@ -243,4 +247,4 @@ def fold_sets(pieces: int, channels: int, one_set: bool) -> RowTile:
         filling = FOLD_SET_ELEMENTS // power_of_two(ceil(2 * pieces / FOLD_STEPS))  # in two sweeps
         columns = min(columns, FOLD_SET_COLUMNS, max(filling, 1))
     rows = min(power_of_two(pieces), FOLD_SET_ELEMENTS // columns)
-    return RowTile(rows, columns, MIN_WARPS)
+    return RowTile(rows, columns, MIN_WARPS, registers=FOLD_SET_REGISTERS)

@@ -138,7 +138,7 @@ def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
         dict(
             BLOCK_C=tile.block_n,
             num_warps=tile.num_warps,
-            maxnreg=heuristics.common.WIDE_REGISTERS,
+            maxnreg=tile.registers,
             **FP_FUSION,
         ),
     )
