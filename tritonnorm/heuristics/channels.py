@@ -6,6 +6,8 @@ from math import ceil
 from .common import (
     FOLD_STEPS,
     MIN_WARPS,
+    PARTIAL_BYTES,
+    PARTIAL_SHARE,
     WARP,
     RowTile,
     power_of_two,
@@ -58,6 +60,11 @@ BATCH_PROGRAMS = 4096
 """Programs, at most, that share the statistics of a batch: four waves of an H100 at 8 an SM
 (unmeasured)."""
 
+FEWEST_IMAGES, MOST_COLUMNS, COLUMN_MOMENTS = 16, 512, 12
+"""Images, at least, and positions of a channel, at most, that are taken as columns; and the bytes of the
+partial moments of each. By the model 7x7 to 17x17 gain, and from 27x27 on they do on a B200 alone
+(perf/NOTES.md; unmeasured)."""
+
 BATCH_PIECE_BYTES, BATCH_PIECES = 32768, 65536
 """Bytes of a piece of x, or of x and dy, that 512 programs of teams hold in a third of an H100's L2; and
 the most pieces that a batch is cut into for it, where channels lie apart: their moments take 0.8 MB
@@ -70,7 +77,7 @@ another (unmeasured)."""
 
 FOLD_SET_REGISTERS = 168
 """Registers a thread, at most, of such folds: with 128 those of 512 pieces of four channels spill two to
-four. Few programs fold, and an SM still holds three of them."""
+eight. Few programs fold, and an SM still holds three of them."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,20 @@ def channel_backward(
         finer,
         a_thread=CHANNEL_BACKWARD_ELEMENTS[itemsize],
         bytes_once=2 * itemsize,
+    )
+
+
+def prefer_columns(n: int, c: int, s: int, itemsize: int) -> bool:
+    """Whether n contiguous images that share statistics are taken as columns of n positions, so that
+    accesses are of 16 bytes where those of s positions are not."""
+    moments = COLUMN_MOMENTS * c * s  # of a piece that is all images
+    small = max(PARTIAL_BYTES, PARTIAL_SHARE * 3 * itemsize * n * c * s / 2)  # written once, read once
+    return (
+        not whole_words(s, itemsize)
+        and whole_words(c * s, itemsize)
+        and n >= FEWEST_IMAGES
+        and s <= MOST_COLUMNS
+        and moments <= small
     )
 
 
