@@ -3,6 +3,9 @@
 A program takes a piece: some channels at some positions of some images. What shares statistics (the
 channels of a group, the images of a batch) is not known here: pieces leave partial results, which
 `fold.py` adds up. A tile is `[BLOCK_C, BLOCK_S]` whatever the memory format, which is strides.
+
+Contiguous images that share statistics can be positions too, of one image: what is adjacent are then
+columns, COLUMNS of which are a channel's.
 """
 
 import triton
@@ -43,6 +46,14 @@ def locate(
     bounds = (first, tl.minimum(first + IMAGES, N), start, tl.minimum(start + STEPS * BLOCK_S, S))
     present = channels < known_to_divide(C, ADJACENT == "c", ALIGN)
     return images * parts + part, channels, present, bounds
+
+
+@triton.jit
+def partial_places(piece, columns, C, S, POSITIONS, COLUMNS):
+    """Where the partial results of columns belong in `[pieces, channels]`: each column of a channel has
+    pieces of its own, as if it were an image of it."""
+    pieces = piece + columns % COLUMNS * tl.cdiv(S, POSITIONS)
+    return pieces.to(tl.int64) * (C // COLUMNS) + columns // COLUMNS
 
 
 @triton.jit
@@ -88,7 +99,8 @@ def tile_pointers(
 
     ADJACENT names the dimension whose elements are adjacent in memory, "c" or "s"; every line along it
     starts at a multiple of ALIGN elements. This hint decides the access width, and with it the order of
-    sums. Both are None where the compiler has to find out.
+    sums; it is about the last of the sums along a line, as the compiler merges those before, and would
+    forget it. Both are None where the compiler has to find out.
     """
     first = ptr + image * strides[0]
     moved = tl.full((), start, tl.int64) * strides[2]
@@ -98,7 +110,7 @@ def tile_pointers(
         lines = tl.multiple_of(first + moved + across_s, bytes_of(ptr.dtype.element_ty, ALIGN))
         pointers = lines[None, :] + across_c[:, None]
     elif ADJACENT == "s":
-        lines = tl.multiple_of(first + across_c, bytes_of(ptr.dtype.element_ty, ALIGN)) + moved
+        lines = tl.multiple_of(first + moved + across_c, bytes_of(ptr.dtype.element_ty, ALIGN))
         pointers = lines[:, None] + across_s[None, :]
     else:
         pointers = (first + moved + across_c)[:, None] + across_s[None, :]
@@ -185,6 +197,7 @@ def channel_moments(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    COLUMNS=1,
     program=None,
 ):
     """Mean and sum of squared deviations of each channel of a piece.
@@ -197,12 +210,12 @@ def channel_moments(
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = tl.program_id(0)
-    piece, channels, present, bounds = locate(
+    piece, columns, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
     origin = x_ptr + image * x_strides[0] + first.to(tl.int64) * x_strides[2]
-    shift = load_channels(origin, channels.to(tl.int64) * x_strides[1], present, dtype)
+    shift = load_channels(origin, columns.to(tl.int64) * x_strides[1], present, dtype)
     lanes = tl.arange(0, BLOCK_S)
     WIDE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth >= 32
     whole = first + (end - first) // BLOCK_S * BLOCK_S
@@ -222,7 +235,7 @@ def channel_moments(
             for n in range(image, last_image):
                 for at in range(start, stop, BLOCK_S):
                     mask = tile_mask(present, at + lanes, end, ADJACENT, ALIGN)
-                    x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, at)
+                    x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, at)
                     if WIDE:
                         x -= shift[:, None]
                     steps += 1.0
@@ -248,7 +261,7 @@ def channel_moments(
             squares += part_squares + delta * (count * share) * delta  # no inf * 0 in the first part
             count += part_count
 
-    partial = piece.to(tl.int64) * C + channels
+    partial = partial_places(piece, columns, C, S, STEPS * BLOCK_S, COLUMNS)
     tl.store(mean_partial_ptr + partial, shift.to(tl.float64) + mean.to(tl.float64), present)
     tl.store(squares_partial_ptr + partial, squares, present)
 
@@ -277,16 +290,18 @@ def channel_normalize(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    COLUMNS=1,
     program=None,
 ):
     """y of a piece. What float32 could not hold of the mean goes to the constant term."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = from_the_last()
-    _, channels, present, bounds = locate(
+    _, columns, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
+    channels = columns // COLUMNS
     sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
     factor = rstd * load_weight(weight_ptr, channels, present, dtype)
@@ -302,9 +317,9 @@ def channel_normalize(
         for back in range(0, end - first, BLOCK_S):
             start = last - back
             mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
             y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
-            store_tile(y_ptr, y, n, channels, lanes, mask, y_strides, ADJACENT, ALIGN, start)
+            store_tile(y_ptr, y, n, columns, lanes, mask, y_strides, ADJACENT, ALIGN, start)
 
 
 @kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
@@ -333,6 +348,7 @@ def channel_gradient_sums(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    COLUMNS=1,
     program=None,
 ):
     """sum(dy * x_hat) and sum(dy) of each channel of a piece: c1, c2, dweight and dbias are made of
@@ -340,10 +356,11 @@ def channel_gradient_sums(
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = tl.program_id(0)
-    piece, channels, present, bounds = locate(
+    piece, columns, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
+    channels = columns // COLUMNS
     sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
 
@@ -355,15 +372,15 @@ def channel_gradient_sums(
     for n in range(image, last_image):
         for start in range(first, end, BLOCK_S):
             mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
-            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+            dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
             dweight += dy * tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
             dbias += dy
             if dx_ptr is not None:
                 dx = dy * factor[:, None]
-                store_tile(dx_ptr, dx, n, channels, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+                store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
 
-    partial = piece.to(tl.int64) * C + channels
+    partial = partial_places(piece, columns, C, S, STEPS * BLOCK_S, COLUMNS)
     tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=1), present)
     tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=1), present)
 
@@ -392,16 +409,18 @@ def channel_input_gradient(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    COLUMNS=1,
     program=None,
 ):
     """dx of a piece, with rstd multiplied into what a channel's elements share."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
         program = from_the_last()
-    _, channels, present, bounds = locate(
+    _, columns, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
+    channels = columns // COLUMNS
     sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, None, None, sets, present, dtype)
     factor = rstd * load_weight(weight_ptr, channels, present, dtype)
@@ -414,8 +433,8 @@ def channel_input_gradient(
         for back in range(0, end - first, BLOCK_S):
             start = last - back
             mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
-            x = load_tile(x_ptr, n, channels, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+            dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
             x_hat = (x - mean[:, None]) * rstd[:, None]
             dx = dy * factor[:, None] - constant[:, None] - x_hat * slope[:, None]
-            store_tile(dx_ptr, dx, n, channels, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+            store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)

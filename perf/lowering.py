@@ -58,11 +58,16 @@ CHANNEL_SHAPES = {
         *((1, 64, 64, 64), (2, 64, 16, 16), (2, 64, 4, 8), (1, 32, 128, 128)),
         *((2, 64, 7, 7), (2, 64, 14, 14)),
     ),
-    "batch_norm": ((4, 64, 32, 32), (2, 256, 28, 28), (8, 512, 8, 8), (32, 64)),
-    "batch_norm_eval": ((4, 64, 32, 32),),
+    "batch_norm": (
+        *((4, 64, 32, 32), (2, 256, 28, 28), (8, 512, 8, 8), (32, 64)),
+        *((32, 512, 7, 7), (256, 512, 14, 14)),
+    ),
+    "batch_norm_eval": ((4, 64, 32, 32), (32, 512, 7, 7)),
 }
 """Small batches whose sets are resident, or in pieces, with and without padding, in wide accesses and
-narrow ones. The number of images does not reach the code, but for BatchNorm."""
+narrow ones. The number of images does not reach the code, but for BatchNorm: images of 7 x 7, and of 14 x
+14 in 16 bits, are columns, and the larger batch has a fold's largest tile. Its lines of float32 are whole
+words, but no multiple of 16 elements."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""

@@ -175,10 +175,16 @@ def measure(case: Case, variant: str | None = None) -> Moved:
 CHANNEL_SHAPES = {
     "group_norm": (((2, 320, 8, 8), 32), ((2, 48, 16, 16), 4), ((1, 10, 64, 64), 2)),
     "instance_norm": (((2, 64, 16, 16), None), ((1, 40, 48, 48), None)),
-    "batch_norm": (((512, 64), None), ((4, 32, 32, 32), None), ((2, 8, 96, 96), None)),
-    "batch_norm_eval": (((4, 32, 32, 32), None),),
+    "batch_norm": (
+        ((512, 64), None),
+        ((4, 32, 32, 32), None),
+        ((256, 32, 7, 7), None),
+        ((2, 8, 96, 96), None),
+    ),
+    "batch_norm_eval": (((4, 32, 32, 32), None), ((256, 32, 7, 7), None)),
 }
-"""Shapes and groups: sets that one program holds first, except BatchNorm's, and sets in pieces."""
+"""Shapes and groups: sets that one program holds first, except BatchNorm's, and sets in pieces, those of
+7x7 in columns."""
 
 
 def cases(brief: bool = False) -> list[tuple[Case, str | None]]:

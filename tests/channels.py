@@ -137,6 +137,9 @@ SHAPES = (
     ),
     Shape(BATCH_NORM, (2, 3, 90, 100), None, "several pieces an image"),
     Shape(BATCH_NORM, (2, 3, 3, 4, 5), None, "volumes"),
+    Shape(BATCH_NORM, (17, 72, 3, 3), None, "columns, in contiguous", True),
+    Shape(BATCH_NORM, (17, 16, 7, 7), None, "columns, more than a tile has for a channel"),
+    Shape(BATCH_NORM, (260, 8, 3, 3), None, "columns, several pieces of them"),
     Shape(BATCH_NORM, (1, 5, 9, 9), None, "one image"),
     Shape(BATCH_NORM, (600, 2), None, "long columns"),
 )

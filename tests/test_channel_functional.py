@@ -352,13 +352,14 @@ TRACKED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("size", [(2, 4, 3, 5), (16, 4, 3, 3)], ids=str)
 @pytest.mark.parametrize("tracked", TRACKED)
-def test_running_statistics(tracked, momentum, dtype, either, device):
-    """Over several steps and both memory formats they are PyTorch's."""
+def test_running_statistics(tracked, size, momentum, dtype, either, device):
+    """Over several steps and both memory formats they are PyTorch's, those of columns as well."""
     options = {"dtype": dtype, "device": device}
     ours, theirs = statistics(**options), statistics(**options)
     for memory_format in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
-        x = torch.randn(2, 4, 3, 5, **options).add(2).to(memory_format=memory_format)
+        x = torch.randn(size, **options).add(2).to(memory_format=memory_format)
         y = TRACKED[tracked](tF, x, *ours, momentum)
         torch.testing.assert_close(y, TRACKED[tracked](F, x, *theirs, float(momentum)))
         torch.testing.assert_close(ours, theirs)

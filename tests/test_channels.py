@@ -30,14 +30,15 @@ NAMES = ("dx", "dweight", "dbias")
 GROUPS = {"batch_norm": None, "group_norm": 2, "instance_norm": None}
 
 
-@pytest.fixture(params=["resident", "in pieces"])
+@pytest.fixture(params=["resident", "in pieces", "columns"])
 def shape(request, monkeypatch):
     """A shape whose sets one program holds, but for BatchNorm's; or one whose sets are cut into several
-    pieces of several steps, as larger ones are: limits and tiles are made small for that."""
+    pieces of several steps, as larger ones are: limits and tiles are made small for that. Or contiguous
+    images that BatchNorm takes as columns, in several pieces of several steps as well."""
     if request.param == "resident":
         return (2, 6, 4, 5)
     make_small(monkeypatch)
-    return (2, 4, 13, 11)
+    return (2, 4, 13, 11) if request.param == "in pieces" else (19, 8, 5, 3)
 
 
 def make_small(monkeypatch):
@@ -327,7 +328,7 @@ def given_exactly(x, weight, bias, mean, var):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7, 6), (3, 70, 7, 7), (2, 3, 90, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 6), (3, 70, 7, 7), (17, 16, 5, 3), (2, 3, 90, 100)], ids=str)
 @every_format
 def test_evaluation(shape, memory_format, dtype, device):
     """With the statistics that are given, forward and backward; they are not changed."""
@@ -351,12 +352,13 @@ def test_evaluation(shape, memory_format, dtype, device):
         assert_close(gradient, expected, terms=m, scale=scale, wide_dtype=wide(x.dtype), what=what)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (17, 16, 5, 3)], ids=str)
 @every_format
-def test_frozen(memory_format, device):
+def test_frozen(shape, memory_format, device):
     """In evaluation, with parameters that need no gradient, dx alone: bit for bit that of the others."""
-    x, dy = (in_format(torch.randn(2, 6, 4, 5, device=device), memory_format) for _ in range(2))
-    weight, bias, mean = torch.randn(3, 6, device=device)
-    var = torch.rand(6, device=device) + 0.1
+    x, dy = (in_format(torch.randn(shape, device=device), memory_format) for _ in range(2))
+    weight, bias, mean = torch.randn(3, shape[1], device=device)
+    var = torch.rand(shape[1], device=device) + 0.1
     leaf = x.clone().requires_grad_()
     given(leaf, weight, bias, mean, var).backward(dy)
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
@@ -425,6 +427,31 @@ def test_resident_and_in_pieces_agree(over, memory_format, device, monkeypatch):
     forget_plans()
     in_pieces = normalize_channels(x, weight, bias, groups, over, EPS, x.dtype, key=over)
     torch.testing.assert_close(resident, in_pieces, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_columns_and_images_agree(itemsize, device, monkeypatch):
+    """The same batch with its images as positions, and as they are; one of its channels alone is not
+    finite."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    x, dy = torch.randn(2, 200, 8, 5, 3, device=device).to(dtype)
+    x[7, 3, 2, 1] = float("nan")
+    weight, bias = torch.randn(2, 8, device=device)
+    y, gradients = run(BATCH_NORM, x, weight, bias, dy)
+    asked = []
+    monkeypatch.setattr(channel_choices, "prefer_columns", lambda *sizes: asked.append(sizes))
+    forget_plans()
+    images_y, of_images = run(BATCH_NORM, x, weight, bias, dy)
+    assert asked == [(200, 8, 15, itemsize)] * 2
+    assert y[:, 3].isnan().all()
+    assert not y[:, 4:].isnan().any()
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, images_y, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        gradients[0], of_images[0], rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+    for columns, images in zip(gradients[1:], of_images[1:], strict=True):
+        torch.testing.assert_close(columns, images, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.gpu

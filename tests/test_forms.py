@@ -27,6 +27,9 @@ TOO_LARGE_BACKWARD = {
 }
 """What no team can hold in a third of L2, and where."""
 
+COLUMNS = {("batch_norm", "256x512x7x7", "contiguous")}
+"""Batches that are taken as columns, which no team does: two reads that are wide."""
+
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_set_that_fits_is_read_once(gpu):
@@ -36,7 +39,9 @@ def test_every_set_that_fits_is_read_once(gpu):
         key = case.operator, case.name, case.layout
         large = TOO_LARGE | (TOO_LARGE_BACKWARD if case.direction == "backward" else {})
         least = 2 if case.direction == "forward" else 3
-        if gpu in large.get(key, ()):
+        if key in COLUMNS:
+            assert found.name == "split", case
+        elif gpu in large.get(key, ()):
             assert found.name == "split", case
             assert found.dram > least + 0.7, case
         else:

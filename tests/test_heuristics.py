@@ -312,6 +312,38 @@ def test_partial_moments_stay_small(adjacent):
         assert 2 * partial <= 0.1 * 3 * 2 * n * c * s or partial <= common.PARTIAL_BYTES
 
 
+@pytest.mark.parametrize(
+    ("n", "c", "s", "itemsize", "preferred"),
+    [
+        (256, 512, 49, 2, True),
+        (256, 512, 49, 8, True),
+        (32, 1024, 196, 2, True),
+        (32, 1024, 196, 4, False),  # images have lines of whole words
+        (256, 3, 49, 2, False),  # columns have none either
+        (15, 512, 49, 2, False),  # too few images to be worth the folds
+        (256, 64, 3025, 2, False),
+        (16, 4096, 289, 2, False),  # partial moments that neither L2 holds
+        (80, 4096, 289, 2, True),  # nor are they little traffic, with fewer images than this
+    ],
+)
+def test_columns(n, c, s, itemsize, preferred):
+    assert channel_choices.prefer_columns(n, c, s, itemsize) is preferred
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("n", "c", "s"), [(16, 512, 49), (256, 64, 49), (512, 1024, 49), (80, 4096, 289)]
+)
+def test_partial_results_of_columns_stay_small(n, c, s, direction, itemsize):
+    """12 bytes a column and piece, written and read: at most 5% of the traffic, or 8 MB."""
+    assert channel_choices.prefer_columns(n, c, s, itemsize)
+    pieces = getattr(channel_choices, f"channel_{direction}")(1, c * s, n, itemsize, "c", True)
+    partial = channel_choices.COLUMN_MOMENTS * c * s * pieces.count(1, n)
+    traffic = 3 * n * c * s * itemsize
+    assert 2 * partial <= common.PARTIAL_SHARE * traffic or partial <= common.PARTIAL_BYTES
+
+
 def test_folds_have_the_warps_of_pieces():
     """Teams fold within a kernel of pieces; the sums of both forms then have one order."""
     for pieces in (1, 3, 128, 4096):

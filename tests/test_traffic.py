@@ -72,6 +72,8 @@ ONE_READ_CHANNELS = {
     ("instance_norm", "1x40x48x48", "contiguous"),
     ("batch_norm_eval", "4x32x32x32", "contiguous"),
     ("batch_norm_eval", "4x32x32x32", "channels_last"),
+    ("batch_norm_eval", "256x32x7x7", "contiguous"),
+    ("batch_norm_eval", "256x32x7x7", "channels_last"),
 }
 """Sets that one program holds, forward and backward; and evaluations, which have none."""
 
@@ -100,6 +102,7 @@ def test_floor_of_channels(case):
         Case("group_norm", "forward", (2, 4, 128, 128), "bf16", "contiguous", 2),
         Case("group_norm", "backward", (1, 10, 64, 64), "bf16", "channels_last", 2),
         Case("batch_norm", "backward", (3, 4, 100, 99), "bf16"),
+        Case("batch_norm", "forward", (260, 16, 3, 3), "bf16"),
     ],
     ids=lambda case: case.label,
 )

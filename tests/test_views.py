@@ -1,9 +1,20 @@
 """Shapes and strides to views, without a kernel."""
 
+from math import prod
+
 import pytest
 import torch
 
-from tritonnorm.views import WeightView, channel_view, common_alignment, merge, row_view, weight_view
+from tritonnorm.views import (
+    MOST_POSITIONS,
+    WeightView,
+    channel_view,
+    column_view,
+    common_alignment,
+    merge,
+    row_view,
+    weight_view,
+)
 
 
 def offsets(view, tensor=0):
@@ -187,6 +198,32 @@ def test_images_are_not_merged_to_more_positions_than_int32_holds():
     for images, merged in ((2**20 - 1, 1), (2**20, 2**20)):
         view = channel_view((images, 4, 1024), True, ((4096, 1, 4),))
         assert view.n == merged
+
+
+@pytest.mark.parametrize(
+    ("x", "alignment"),
+    [(torch.empty(5, 16, 7, 7), 16), (torch.empty(5, 8, 3)[::2], 8), (torch.empty(5, 9, 3)[:, 1:], 1)],
+)
+def test_columns(x, alignment):
+    """Every position of every channel is a column, whose positions are the images."""
+    n, c, s = x.shape[0], x.shape[1], prod(x.shape[2:])
+    view = column_view(channel_view(x.shape, True, (x.stride(), x.stride())))
+    assert (view.n, view.c, view.s, view.columns) == (1, c * s, n, s)
+    assert view.strides == ((x.stride(0), 1, x.stride(0)),) * 2
+    assert (view.adjacent, view.alignment) == ("c", alignment)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((5, 6, 4), ((48, 8, 1),)),  # a gap behind every channel
+        ((5, 6, 4), ((24, 4, 1), (4, 20, 1))),  # channels outside of images
+        ((MOST_POSITIONS, 6, 4), ((24, 4, 1),)),
+        ((5, MOST_POSITIONS // 4, 4), ((MOST_POSITIONS, 4, 1),)),
+    ],
+)
+def test_no_columns(shape, strides):
+    assert column_view(channel_view(shape, True, strides)) is None
 
 
 @pytest.mark.parametrize(

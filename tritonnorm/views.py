@@ -3,7 +3,8 @@
 A row view `[M, N]` of a tensor of shape `[*, *normalized_shape]` merges the trailing dimensions into
 one of size N with one stride, and the leading ones into at most three of sizes (R0, R1, R2), whose
 product is M. A channel view `[N, C, S]` of a tensor `[N, C, *spatial]` merges the spatial dimensions
-into S positions. Several tensors of one shape share the sizes and have strides of their own.
+into S positions. Several tensors of one shape share the sizes and have strides of their own. Contiguous
+images whose statistics are those of the batch can be viewed as `[1, C * S, N]`: columns of N positions.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from math import prod
 
 ROW_LEVELS = 3
 MOST_POSITIONS = 2**30
-"""Positions, at most, to which images are merged: with a part of them added, int32 holds them still."""
+"""Positions and columns, at most, to which images are merged: with a part of them added, int32 holds
+them still."""
 
 LARGEST_SET = 2**30
 """Kernels take sets of fewer elements that share statistics: their indices are int32, with room for a
@@ -118,6 +120,7 @@ class ChannelView:
     `adjacent` names the dimension along which the elements of every tensor are neighbours in memory: "s"
     (contiguous), "c" (channels_last, or no spatial dimension), or None. `alignment` is the largest power
     of two, at most 16, that divides the steps between such lines, and their length; None without lines.
+    A channel of the tensors is `columns` neighbours of the view's c.
     """
 
     n: int
@@ -126,6 +129,7 @@ class ChannelView:
     strides: tuple[tuple[int, int, int], ...]
     adjacent: str | None
     alignment: int | None
+    columns: int = 1
 
 
 @lru_cache(maxsize=4096)
@@ -151,6 +155,17 @@ def channel_view(shape, over_batch, strides) -> ChannelView | None:
         lines = [(step[0], step[2] if s > 1 else c) for step in steps]
         adjacent, alignment = "c", _step_alignment(c, (n, s), lines)
     return ChannelView(n, c, s, tuple(steps), adjacent, alignment)
+
+
+def column_view(view: ChannelView) -> ChannelView | None:
+    """Images as the positions of one, in which every position of every channel is a column; None where
+    something is between the channels in memory, or there is too much of anything."""
+    n, c, s = view.n, view.c, view.s
+    if max(n, c * s) >= MOST_POSITIONS or any(step[1:] != (s, 1) for step in view.strides):
+        return None
+    alignment = _step_alignment(c * s, (n,), [step[:1] for step in view.strides])
+    strides = tuple((step[0], 1, step[0]) for step in view.strides)
+    return ChannelView(1, c * s, n, strides, "c", alignment, columns=s)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from math import ceil
 from .common import (
     FOLD_STEPS,
     MIN_WARPS,
+    PARTIAL_BYTES,
+    PARTIAL_SHARE,
     WARP,
     WORD_BYTES,
     RowTile,
@@ -90,6 +92,11 @@ BATCH_PROGRAMS = 4096
 """Programs, at most, that share the statistics of a batch: four waves of an H100 at 8 an SM
 (unmeasured)."""
 
+FEWEST_IMAGES, MOST_COLUMNS, COLUMN_MOMENTS = 16, 512, 12
+"""Images, at least, and positions of a channel, at most, that are taken as columns; and the bytes of the
+partial moments of each. By the model 7x7 to 17x17 gain, and from 27x27 on they do on a B200 alone
+(perf/NOTES.md; unmeasured)."""
+
 BATCH_PIECE_BYTES, BATCH_PIECES = 32768, 65536
 """Bytes of a piece of x, or of x and dy, that 512 programs of teams hold in a third of an H100's L2; and
 the most pieces that a batch is cut into for it, where channels lie apart: their moments take 0.8 MB
@@ -99,6 +106,10 @@ FOLD_SET_ELEMENTS, FOLD_SET_COLUMNS = 2048, 4
 """Elements of a step of a fold of moments, in float64, and its channels: a sector of 32 bytes. A group's
 are more where its pieces are few; single ones fewer where more than FOLD_STEPS steps would follow one
 another (unmeasured)."""
+
+FOLD_SET_REGISTERS = 168
+"""Registers a thread, at most, of such folds: with 128 those of 512 pieces of four channels spill two to
+eight. Few programs fold, and an SM still holds three of them."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +309,20 @@ def channel_backward(
     )
 
 
+def prefer_columns(n: int, c: int, s: int, itemsize: int) -> bool:
+    """Whether n contiguous images that share statistics are taken as columns of n positions, so that
+    accesses are of 16 bytes where those of s positions are not."""
+    moments = COLUMN_MOMENTS * c * s  # of a piece that is all images
+    small = max(PARTIAL_BYTES, PARTIAL_SHARE * 3 * itemsize * n * c * s / 2)  # written once, read once
+    return (
+        not whole_words(s, itemsize)
+        and whole_words(c * s, itemsize)
+        and n >= FEWEST_IMAGES
+        and s <= MOST_COLUMNS
+        and moments <= small
+    )
+
+
 def moments_registers(pieces: Pieces, itemsize: int) -> int | None:
     """Registers a thread, at most, of the moments of pieces; None to leave it to the assembler."""
     return LINE_MOMENTS_REGISTERS if itemsize == 2 and pieces.block_c == 1 else pieces.registers
@@ -313,4 +338,4 @@ def fold_sets(pieces: int, channels: int, one_set: bool) -> RowTile:
         filling = FOLD_SET_ELEMENTS // power_of_two(ceil(2 * pieces / FOLD_STEPS))  # in two sweeps
         columns = min(columns, FOLD_SET_COLUMNS, max(filling, 1))
     rows = min(power_of_two(pieces), FOLD_SET_ELEMENTS // columns)
-    return RowTile(rows, columns, MIN_WARPS)
+    return RowTile(rows, columns, MIN_WARPS, registers=FOLD_SET_REGISTERS)

@@ -15,7 +15,7 @@ from .. import heuristics
 from ..dtypes import compute_dtype
 from ..kernels import channel as channel_kernels
 from ..kernels import group as group_kernels
-from ..views import channel_view, common_alignment
+from ..views import ChannelView, channel_view, column_view, common_alignment
 from . import pieces
 from .common import (
     CHOICES,
@@ -43,18 +43,28 @@ def _dense_format(x):
 
 
 @planned
-def _make_sets(shape, groups, over_batch, strides, align, choices) -> Sets:
+def _view(shape, over_batch, strides, itemsize) -> ChannelView | None:
+    """The channel view of tensors, or of their columns where that is preferred; None for no view."""
     view = channel_view(shape, over_batch, strides)
+    if view is None or view.adjacent != "s" or not over_batch:
+        return view
+    preferred = heuristics.channels.prefer_columns(view.n, view.c, view.s, itemsize)
+    return (preferred and column_view(view)) or view
+
+
+@planned
+def _make_sets(shape, groups, over_batch, strides, itemsize, align, choices) -> Sets:
+    view = _view(shape, over_batch, strides, itemsize)
     return Sets(view, align, shape[1] // groups, over_batch, choices)
 
 
 def _sets(over, groups, inputs, output):
     """The sets of the channel view that inputs and output (or None) share, and what it is a view of: the
     tensors themselves or, where they have no view, dense ones in their stead."""
-    shape, over_batch = inputs[0].shape, over != "group"
+    shape, over_batch, itemsize = inputs[0].shape, over != "group", inputs[0].element_size()
     tensors = inputs if output is None else (*inputs, output)
     strides = tuple([t.stride() for t in tensors])
-    view = channel_view(shape, over_batch, strides)
+    view = _view(shape, over_batch, strides, itemsize)
     if view is None:
         memory_format = _dense_format(inputs[0])
         inputs = [t.contiguous(memory_format=memory_format) for t in inputs]
@@ -62,18 +72,19 @@ def _sets(over, groups, inputs, output):
             output = torch.empty_like(inputs[0], dtype=output.dtype)
         tensors = inputs if output is None else (*inputs, output)
         strides = tuple([t.stride() for t in tensors])
-        view = channel_view(shape, over_batch, strides)
+        view = _view(shape, over_batch, strides, itemsize)
     align = common_alignment(view, tensors)
     choices = CHOICES[inputs[0].get_device()]
-    return _make_sets(shape, groups, over_batch, strides, align, choices), inputs, output
+    sets = _make_sets(shape, groups, over_batch, strides, itemsize, align, choices)
+    return sets, inputs, output
 
 
 @planned
 def _resident(sets: Sets, heuristic, itemsize) -> heuristics.channels.GroupTile | None:
     """The tile of sets that one program holds; None if it cannot."""
-    if sets.over_batch and sets.view.n > 1:
-        return None
     view = sets.view
+    if (sets.over_batch and view.n > 1) or view.columns > 1:
+        return None
     return sets.choices(heuristic, sets.cg, view.c // sets.cg, view.s, itemsize, view.adjacent)
 
 
@@ -294,6 +305,7 @@ def channel_apply_backward(dy, x, weight, statistics, eps, *, needs_dx, dweight_
                 x_strides=sets.view.strides[0],
                 dx_strides=sets.view.strides[2] if needs_dx else None,
                 eps=eps,
+                COLUMNS=sets.view.columns,
                 CG=1,
                 SETS=0,
                 **arguments,

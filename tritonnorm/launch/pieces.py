@@ -42,9 +42,19 @@ class Sets:
         return 0 if self.over_batch else self.view.c // self.cg
 
     @property
+    def channels(self) -> int:
+        """Channels of the tensors."""
+        return self.view.c // self.view.columns
+
+    @property
+    def images(self) -> int:
+        """Images to those who fold partial results: each column of a channel counts as one."""
+        return self.view.n * self.view.columns
+
+    @property
     def elements(self) -> int:
         """Elements of a set."""
-        return self.cg * self.view.s * (self.view.n if self.over_batch else 1)
+        return self.cg * self.view.s * (self.images if self.over_batch else 1)
 
     @cached_property
     def arguments(self):
@@ -62,7 +72,7 @@ class Sets:
 
     def count(self, pieces: heuristics.channels.Pieces) -> int:
         """Pieces of a channel, over all images."""
-        return pieces.count(self.view.n, self.view.s)
+        return pieces.count(self.view.n, self.view.s) * self.view.columns
 
 
 @planned
@@ -97,7 +107,7 @@ def in_sets(sets: Sets, pieces: heuristics.channels.Pieces):
 def _for_moments(sets: Sets, pieces: heuristics.channels.Pieces, itemsize: int):
     """The arguments of channel_moments that are known before its tensors are."""
     most = heuristics.channels.moments_registers(pieces, itemsize)
-    return sets.arguments | in_pieces(pieces) | dict(maxnreg=most)
+    return sets.arguments | in_pieces(pieces) | dict(maxnreg=most, COLUMNS=sets.view.columns)
 
 
 def normalize(
@@ -117,6 +127,7 @@ def normalize(
         x_strides=sets.view.strides[0],
         y_strides=sets.view.strides[1],
         eps=eps,
+        COLUMNS=sets.view.columns,
         CG=sets.cg,
         SETS=sets.an_image,
         **arguments,
@@ -130,7 +141,7 @@ def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
     count = sets.count(pieces) // images
     one_set = sets.cg > 1
     tile = heuristics.channels.fold_sets(count, sets.cg if one_set else pieces.block_c, one_set)
-    programs = images * (sets.view.c // sets.cg if one_set else ceil(sets.view.c / tile.block_n))
+    programs = images * ceil(sets.channels / (sets.cg if one_set else tile.block_n))
     arguments = dict(CG=sets.cg, SETS=sets.an_image, PIECES=count, ONE_SET=one_set, BLOCK_P=tile.rows)
     return (
         (programs,),
@@ -138,7 +149,7 @@ def _fold(sets: Sets, pieces: heuristics.channels.Pieces):
         dict(
             BLOCK_C=tile.block_n,
             num_warps=tile.num_warps,
-            maxnreg=heuristics.common.WIDE_REGISTERS,
+            maxnreg=tile.registers,
             **FP_FUSION,
         ),
     )
@@ -160,9 +171,10 @@ def _team(
     _, fold, fold_tile = _fold(sets, pieces)
     fold_shape = fold["BLOCK_P"], fold_tile["BLOCK_C"]
     if (
+        view.columns > 1
         # The sums of a fold must have one order: that of its own warps, and of a layout that the
         # compiler does not share with tiles of x, as it does among accesses of one shape.
-        pieces.num_warps != heuristics.common.MIN_WARPS
+        or pieces.num_warps != heuristics.common.MIN_WARPS
         or fold_shape in ((pieces.block_c, pieces.block_s), (pieces.block_s, pieces.block_c))
     ):
         return None
@@ -197,7 +209,7 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
     running statistics add to a kernel."""
     pieces = sets.choose(heuristics.channels.channel_forward, x.element_size())
     pieces_grid, arguments, count = in_sets(sets, pieces)
-    partial = count, sets.view.c
+    partial = count, sets.channels
     partials = dict(
         mean_partial_ptr=torch.empty(partial, dtype=torch.float64, device=x.device),
         squares_partial_ptr=torch.empty(partial, dtype=compute_dtype(x), device=x.device),
@@ -236,8 +248,8 @@ def forward(sets: Sets, x, y, weight, bias, eps, statistics, moving):
         **_for_moments(sets, pieces, x.element_size()),
     )
     fold_moments[grid](
-        N=sets.view.n,
-        C=sets.view.c,
+        N=sets.images,
+        C=sets.channels,
         S=sets.view.s,
         IMAGES=pieces.images,
         POSITIONS=pieces.steps * pieces.block_s,
@@ -253,7 +265,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
     pieces = sets.choose(heuristics.channels.channel_backward, x.element_size())
     view = sets.view
     pieces_grid, arguments, count = in_sets(sets, pieces)
-    partials = parameter_partials(x, count, view.c, (mean.dtype, mean.dtype))
+    partials = parameter_partials(x, count, sets.channels, (mean.dtype, mean.dtype))
     sums = dict(dweight_partial_ptr=partials[0], dbias_partial_ptr=partials[1])
     inputs = dict(
         dy_ptr=dy,
@@ -265,7 +277,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
         x_strides=view.strides[0],
         **arguments,
     )
-    located = dict(CG=sets.cg, SETS=sets.an_image)
+    located = dict(COLUMNS=view.columns, CG=sets.cg, SETS=sets.an_image)
     output = dict(dx_ptr=dx, dx_strides=view.strides[2]) if dx is not None else None
     grid, fold, fold_tile = _fold(sets, pieces)
     means = {name: torch.empty_like(mean) for name in ("c1_ptr", "c2_ptr")} if output else None
@@ -289,7 +301,7 @@ def backward(sets: Sets, dy, x, dx, weight, mean, rstd):
         fold_gradient_means[grid](
             weight_ptr=weight,
             inverse_count=1 / sets.elements,
-            C=view.c,
+            C=sets.channels,
             **sums,
             **means,
             **fold,
