@@ -65,9 +65,9 @@ CHANNEL_SHAPES = {
     "batch_norm_eval": ((4, 64, 32, 32), (32, 512, 7, 7)),
 }
 """Small batches whose sets are resident, or in pieces, with and without padding, in wide accesses and
-narrow ones. The number of images does not reach the code, but for BatchNorm: images of 7 x 7, and of 14 x
-14 in 16 bits, are columns, and the larger batch has a fold's largest tile. Its lines of float32 are whole
-words, but no multiple of 16 elements."""
+narrow ones. The number of images does not reach the code, but for BatchNorm: images of 7 x 7, and of
+14 x 14 in 16 bits, are columns, and the larger batch has a fold's largest tile. Its lines of float32 are
+whole words, but no multiple of 16 elements."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
