@@ -45,6 +45,7 @@ def make_small(monkeypatch):
     for limits in (
         channel_choices.GROUP_FORWARD_RESIDENT,
         channel_choices.GROUP_BACKWARD_RESIDENT,
+        channel_choices.GROUP_BACKWARD_RESIDENT_NARROW,
     ):
         for itemsize in limits:
             monkeypatch.setitem(limits, itemsize, 64)
