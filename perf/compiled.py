@@ -313,16 +313,19 @@ def _fold_steps(arguments, programs: int, partials) -> float:
 
 def operands_of(kernel, arguments) -> list[tuple[str, Any]]:
     """What a compiled kernel takes, by the parameters' names: Triton leaves out what is constexpr, None
-    or the integer 1, and flattens tuples."""
-    found = []
-    for parameter in kernel.params:
-        value = arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            if parameter.do_not_specialize or not isinstance(item, int) or item != 1:
-                found.append((parameter.name, item))
-    return found
+    or, unless it is told not to, the integer 1, and flattens tuples."""
+
+    def flat(value, specialized: bool):
+        if isinstance(value, tuple):
+            return [item for member in value for item in flat(member, specialized=True)]
+        return [] if value is None or (specialized and type(value) is int and value == 1) else [value]
+
+    return [
+        (parameter.name, item)
+        for parameter in kernel.params
+        if not parameter.is_constexpr
+        for item in flat(arguments.get(parameter.name), not parameter.do_not_specialize)
+    ]
 
 
 def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant: str | None) -> Lowered:

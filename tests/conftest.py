@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 
-HAS_GPU = torch.cuda.is_available()
 EMULATED = os.environ.get("TRITONNORM_EMULATE")
-if not HAS_GPU and not EMULATED:
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+HAS_GPU = not EMULATED and torch.cuda.is_available()
+if not HAS_GPU:
+    if not EMULATED:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     # The tensors are small. Where other processes want the cores, as pytest-xdist's do, threads waiting
     # for each other took five times as long (test_transformers.py, two cores).
     torch.set_num_threads(1)
@@ -53,7 +54,8 @@ def _no_plans_kept():
 
 @pytest.fixture(autouse=True)
 def _guarded():
-    """Accesses outside a launch's tensors and races between its programs fail the test."""
+    """Accesses outside a launch's tensors and, in the interpreter, races between its programs fail the
+    test."""
     if EMULATED:
         from emulation import emulated
 

@@ -42,11 +42,15 @@ def launch(ptx: str, grid, operands, shared_bytes: int, ranges, together: bool =
         name: np.array(value, numpy_type(kind))
         for (kind, name), value in zip(entry.parameters, operands, strict=True)
     }
-    grid = (grid[0] * entry.cluster, *grid[1:], 1)[:2]
+    x, y, z = (*grid, 1, 1)[:3]
+    assert z == 1, "a grid of two dimensions at most"
+    grid = x * entry.cluster, y
     count, memory = prod(grid), Memory(ranges)
     at_once = max(MOST_THREADS // (entry.threads * entry.cluster), 1) * entry.cluster
     if together:
         at_once = count
+    elif any("acquire" in instruction.opcode for instruction in entry.instructions):
+        at_once = entry.cluster  # who waits for others would do so forever
     with np.errstate(all="ignore"):
         for first in range(0, count, at_once):
             numbers = range(first, min(first + at_once, count))
@@ -94,12 +98,12 @@ def run(kernel, grid, arguments) -> Emulated:
 def emulated(target: str):
     """While open, CPU tensors take the kernels' path, with kernels that are compiled for a target."""
     driver = triton.runtime.driver
-    saved = driver._active, dispatch.INTERPRETED
+    driver_before, interpreted_before = driver._active, dispatch.INTERPRETED
     driver.set_active(AbsentDriver(target))
     dispatch.INTERPRETED = True
     try:
         with observe(run):
             yield
     finally:
-        driver.set_active(saved[0])
-        dispatch.INTERPRETED = saved[1]
+        driver.set_active(driver_before)
+        dispatch.INTERPRETED = interpreted_before

@@ -1,7 +1,8 @@
 """PTX as data: the entry of a module, and what its instructions compute with NumPy's arrays.
 
 After NVIDIA's "Parallel Thread Execution ISA". Approximate instructions are rounded as if they were
-exact, and an FMA from the next wider type.
+exact, and an FMA from the next wider type, in which that of float64 is not exact. What Triton does not
+make of these kernels is refused.
 """
 
 import re
@@ -56,17 +57,21 @@ def parse(ptx: str) -> Entry:
     found = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\n\{(.*)\n\}", ptx, re.DOTALL)
     name, parameters, directives, body = found.groups()
     cluster = re.search(r"\.reqnctapercluster (\d+)", directives)
-    body = re.sub(r"^\s*\.(loc|pragma|reg|file)\b[^\n]*", "", body, flags=re.MULTILINE)
+    body = re.sub(r"^\s*\.(loc|pragma|file)\b[^\n]*", "", body, flags=re.MULTILINE)
     instructions, labels = [], {}
-    for text in re.split(r"[;{}]?\s*\n|;", body):
+    for text in re.split(r"\n|;", body):
+        if text.count("{") != text.count("}"):  # of a scope
+            text = re.sub(r"^[\s{}]+|[\s{}]+$", "", text)
         text = text.strip()
         while match := re.match(r"([\w$]+):\s*", text):
             labels[match[1]] = len(instructions)
             text = text[match.end() :]
-        if match := re.match(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", text):
+        if match := re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", text):
             guard = (match[2], not match[1]) if match[2] else None
-            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[4])
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[4] or "")
             instructions.append(Instruction(match[3], tuple(map(_operand, operands)), guard))
+        elif text and not text.startswith(".reg"):
+            raise PtxError(f"cannot read {text!r}")
     return Entry(
         name,
         re.findall(r"\.param \.(\w+)[^,\n]*?(\w+)(?=,|\n|$)", parameters),
@@ -135,11 +140,13 @@ def _quotient(a, b):
     """Rounded towards zero, of integers."""
     if a.dtype.kind == "f":
         return a / b
-    quotient = np.abs(a) // np.abs(b)
-    return np.where((a < 0) != (b < 0), -quotient, quotient)
+    quotient = a // b
+    return quotient + ((quotient * b != a) & ((a < 0) != (b < 0))).astype(a.dtype)
 
 
 def _bit_field(a, first, length):
+    if (first + length > 8 * a.dtype.itemsize).any():
+        raise PtxError("a field of more bits than there are")
     above = (8 * a.dtype.itemsize - length).astype(a.dtype)
     return a << (above - first.astype(a.dtype)) >> above
 
@@ -166,8 +173,8 @@ def _funnel(left: bool):
 
 
 def _shift(function):
-    """By so many bits; all of them if there are no more."""
-    return lambda a, amount: function(a, amount.astype(a.dtype))
+    """By so many bits, or by all that there are."""
+    return lambda a, amount: function(a, np.minimum(amount, 8 * a.dtype.itemsize).astype(a.dtype))
 
 
 def _extreme(of_floats, of_integers):
@@ -210,6 +217,13 @@ FUNCTIONS = {
 }
 """What instructions compute, by the first two words of their opcode or by the first."""
 
+WORDS = {"rn", "approx", "full", "ftz", "lo", "wide", "wrap", "l", "r"}
+"""What may stand between an instruction's name and its type; "hi" in a multiplication alone."""
+
+CONVERSION_WORDS = {"rn", "rni", "rzi", "rmi", "rpi"}
+
+TYPES = re.compile(r"pred|[bsu](8|16|32|64)|f(16|32|64)|f16x2|f32x2")
+
 COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -225,30 +239,47 @@ ROUND_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.
 
 
 class Operation(NamedTuple):
-    """A function of arrays, the PTX types of its operands, and of its result."""
+    """A function of arrays, and the PTX types of these."""
 
     function: Callable
     operands: tuple[str, ...]
-    result: str
+
+
+def _unknown(opcode: str) -> PtxError:
+    return PtxError(f"unknown instruction {opcode}")
 
 
 def _comparison(words, kind) -> Operation:
     """Unordered comparisons, with a "u" behind their name, hold of NaN; others do not."""
-    if len(words) != 3:
-        raise PtxError(f"unknown instruction {'.'.join(words)}")
     unordered = words[1].endswith("u")
-    compare = COMPARISONS[words[1].removesuffix("u")]
+    compare = COMPARISONS.get(words[1].removesuffix("u"))
+    if len(words) != 3 or compare is None or not TYPES.fullmatch(kind) or kind.endswith("x2"):
+        raise _unknown(".".join(words))
     if kind[0] != "f":
-        return Operation(compare, (kind, kind), "pred")
+        return Operation(compare, (kind, kind))
 
     def of_floats(a, b):
         return np.where(np.isnan(a) | np.isnan(b), unordered, compare(a, b))
 
-    return Operation(of_floats, (kind, kind), "pred")
+    return Operation(of_floats, (kind, kind))
+
+
+def _saturated(values, kind):
+    """Whole numbers as integers of a type, or what is nearest to them there; zero for NaN."""
+    if np.dtype(kind).kind == "f":
+        return values.astype(kind)
+    limits = np.iinfo(kind)
+    inside = np.where(np.isnan(values), 0, np.clip(values, limits.min, limits.max))
+    result = inside.astype(kind)
+    return np.where(values >= limits.max, limits.max, result).astype(kind)
 
 
 def _conversion(words) -> Operation:
     to, of = words[-2:]
+    narrow = "bf16", "bf16x2"
+    known = {*words[1:-2]} <= CONVERSION_WORDS and (TYPES.fullmatch(to) or to in narrow)
+    if not known or not (TYPES.fullmatch(of) or of == "bf16"):
+        raise _unknown(".".join(words))
     if to.endswith("x2"):  # the first operand becomes the upper half
         narrow = _conversion([*words[:-2], to.removesuffix("x2"), of]).function
 
@@ -256,13 +287,15 @@ def _conversion(words) -> Operation:
             high, low = (narrow(half).view(np.uint16).astype(np.uint32) for half in (high, low))
             return high << np.uint32(16) | low
 
-        return Operation(pack, (of, of), "b32")
+        return Operation(pack, (of, of))
     if to == "bf16":
-        return Operation(_to_bfloat16, (of,), "b16")
+        return Operation(_to_bfloat16, (of,))
     if of == "bf16":
-        return Operation(lambda a: _from_bfloat16(a).astype(numpy_type(to)), ("b16",), to)
-    rounding = next((ROUND_TO_INTEGER[word] for word in words if word in ROUND_TO_INTEGER), lambda a: a)
-    return Operation(lambda a: rounding(a).astype(numpy_type(to)), (of,), to)
+        return Operation(lambda a: _from_bfloat16(a).astype(numpy_type(to)), ("b16",))
+    rounding = next((ROUND_TO_INTEGER[word] for word in words if word in ROUND_TO_INTEGER), None)
+    if rounding is not None:
+        return Operation(lambda a: _saturated(rounding(a), numpy_type(to)), (of,))
+    return Operation(lambda a: a.astype(numpy_type(to)), (of,))
 
 
 def _of_pairs(operation: Operation, kind: str) -> Operation:
@@ -274,7 +307,7 @@ def _of_pairs(operation: Operation, kind: str) -> Operation:
         pairs = [np.ascontiguousarray(value).view(single) for value in values]
         return operation.function(*pairs).view(numpy_type(both))
 
-    return Operation(of_pairs, (both,) * len(operation.operands), both)
+    return Operation(of_pairs, (both,) * len(operation.operands))
 
 
 def _of_mixed(operation: Operation, narrow: str, wide: str) -> Operation:
@@ -285,7 +318,7 @@ def _of_mixed(operation: Operation, narrow: str, wide: str) -> Operation:
         return operation.function(*map(widen, values[:-1]), values[-1])
 
     kinds = (narrow if narrow == "f16" else "b16",) * (len(operation.operands) - 1)
-    return Operation(of_mixed, (*kinds, wide), wide)
+    return Operation(of_mixed, (*kinds, wide))
 
 
 def _flushed(operation: Operation) -> Operation:
@@ -297,7 +330,7 @@ def _flushed(operation: Operation) -> Operation:
     def function(*values):
         return flush(operation.function(*map(flush, values)))
 
-    return Operation(function, operation.operands, operation.result)
+    return Operation(function, operation.operands)
 
 
 @lru_cache(maxsize=1024)
@@ -310,19 +343,21 @@ def operation(opcode: str, operands: int) -> Operation:
     if name == "setp":
         return _comparison(words, kind)
     function = FUNCTIONS.get(".".join(words[:2]), FUNCTIONS.get(name))
-    if function is None or (kind.startswith("bf16") and words[-2] != "f32"):
-        raise PtxError(f"unknown instruction {opcode}")
+    mixed = kind in ("f16", "bf16") and words[-2] == "f32"
+    modifiers = {*words[1 : -2 if mixed else -1]}
+    known = WORDS | {"hi"} if name == "mul" else WORDS
+    if function is None or not modifiers <= known or not (mixed or TYPES.fullmatch(kind)):
+        raise _unknown(opcode)
     if kind in ("f16x2", "f32x2"):
         return _of_pairs(operation(opcode.removesuffix("x2"), operands), kind)
-    if kind in ("f16", "bf16") and words[-2] == "f32":
+    if mixed:
         return _of_mixed(operation(opcode.removesuffix(f".{kind}"), operands), kind, "f32")
-    kinds, result = [kind] * operands, kind
+    kinds = [kind] * operands
     if words[1] == "wide":
-        result = kind[0] + str(2 * bits_of(kind))
-        kinds[2:] = [result] * (operands - 2)
+        kinds[2:] = [kind[0] + str(2 * bits_of(kind))] * (operands - 2)
     elif name == "bfe":
         kinds[1:] = ["b32"] * (operands - 1)
     elif name in LAST_OPERAND:
         kinds[-1] = LAST_OPERAND[name]
-    found = Operation(function, tuple(kinds), result)
+    found = Operation(function, tuple(kinds))
     return _flushed(found) if "ftz" in words else found

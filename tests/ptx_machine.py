@@ -3,7 +3,7 @@
 The threads of some blocks go in step; a register is a NumPy array with an element for each. What a GPU
 would refuse, or might not do the same twice, is a PtxError: an access outside of the memory that was
 given; accesses of two warps to the same shared memory with no barrier between, or two values for one
-place; threads that wait for each other.
+place; an arrival with no barrier after what other warps stored; threads that wait for each other.
 """
 
 import ctypes
@@ -16,6 +16,9 @@ WARP = 32
 CLUSTER_SHIFT = 24
 """The bits of an address of shared memory above these are a block of the cluster, counted from one; or
 zero, for the thread's own block."""
+
+UNDEFINED = np.array(-1)
+"""All bits of a register that was not written: NaN of any type."""
 
 MOST_IDLE = 1000
 """How often all threads may wait, one after the other, with nothing written between."""
@@ -60,7 +63,8 @@ class Memory:
 
 class Shared:
     """The shared memory of some blocks, and which warp has accessed each byte of it since the last
-    barrier: -1 none, -2 several."""
+    barrier of its block, or of the cluster: -1 none, -2 several. (That another block has accessed it, a
+    barrier of the block would not end on a GPU.)"""
 
     def __init__(self, blocks: int, size: int):
         self.size = size
@@ -91,6 +95,7 @@ class Shared:
         self.bytes[places], writer[places] = stored, warps
         if (self.bytes[places] != stored).any():
             raise PtxError("two values are written to the same shared memory")
+        writer[places[writer[places] != warps]] = -2  # one value, by several warps
 
     @staticmethod
     def _bytes(places, size, warps):
@@ -121,6 +126,7 @@ class Blocks:
         self.counters = np.zeros(self.threads, np.int64)
         self.live = np.ones(self.threads, bool)
         self.waiting = np.zeros(self.threads, bool)
+        self.stored = np.zeros(self.threads, bool)  # to global memory, since the block's last barrier
         self.active, self.everyone, self.next = self.live, True, 0
         self.idle = 0  # how often all waited, since something was last written
 
@@ -166,7 +172,7 @@ class Blocks:
         if active is None and not self.everyone:
             active = self.active
         if active is not None:
-            value = np.where(active, value, self.registers.get(name, np.zeros_like(value)))
+            value = np.where(active, value, self.registers.get(name, UNDEFINED.astype(value.dtype)))
         self.registers[name] = value
 
     def meet(self, size: int) -> np.ndarray:
@@ -188,6 +194,6 @@ class Blocks:
         rank, within = addresses >> CLUSTER_SHIFT, addresses & (1 << CLUSTER_SHIFT) - 1
         block, cluster = self.block[active], self.entry.cluster
         block = np.where(rank > 0, block // cluster * cluster + rank - 1, block)
-        if (within + size > self.shared.size).any():
+        if (within + size > self.shared.size).any() or (rank > cluster).any():
             raise PtxError("an access outside of shared memory")
         return block * self.shared.size + within

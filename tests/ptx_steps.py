@@ -1,10 +1,20 @@
 """What each instruction of PTX does to the threads that are at it."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
 from ptx import UNSIGNED, PtxError, bits_of, number, numpy_type, operation
 from ptx_machine import CLUSTER_SHIFT, WARP, Blocks
+
+SPECIAL = {"%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y", "%cluster_ctarank"}
+
+
+def _register(name: str) -> str:
+    """The name, if it is one of a register."""
+    if name not in SPECIAL and not re.fullmatch(r"%(p|r|rd|rs)\d+", name):
+        raise PtxError(f"unknown register {name}")
+    return name
 
 
 def _reader(operand, kind: str) -> Callable[[Blocks], np.ndarray]:
@@ -12,6 +22,7 @@ def _reader(operand, kind: str) -> Callable[[Blocks], np.ndarray]:
     if operand[0] != "%":
         value = number("0" if operand == "global_smem" else operand, kind)
         return lambda blocks: value
+    _register(operand)
     numpy_kind, undefined = numpy_type(kind), number("-1", kind)
 
     def read(blocks):
@@ -35,6 +46,11 @@ def _members(operand) -> tuple[str, ...]:
     return operand if isinstance(operand, tuple) else (operand,)
 
 
+def _named(operand) -> tuple[str, ...]:
+    """The registers that are written."""
+    return tuple(_register(name) for name in _members(operand))
+
+
 def _branch(instruction, entry):
     target, guarded = entry.labels[instruction.operands[0]], _guarded(instruction)
 
@@ -56,10 +72,14 @@ def _return(instruction, entry):
 
 def _barrier(instruction, entry):
     of_cluster = instruction.opcode.startswith("barrier.cluster")
+    if instruction.opcode == "bar.sync" and instruction.operands != ("0",):
+        raise PtxError("a barrier of some warps")
 
     def step(blocks):
         here = blocks.meet(entry.threads * (entry.cluster if of_cluster else 1))
-        blocks.shared.barrier(here.repeat(entry.cluster) if of_cluster else here)
+        here = here.repeat(entry.cluster) if of_cluster else here
+        blocks.shared.barrier(here)
+        blocks.stored &= ~here.repeat(entry.threads)
 
     return step
 
@@ -95,7 +115,7 @@ def _load_parameter(instruction, entry):
 
 def _load(instruction, entry):
     words = instruction.opcode.split(".")
-    size, names = bits_of(words[-1]) // 8, _members(instruction.operands[0])
+    size, names = bits_of(words[-1]) // 8, _named(instruction.operands[0])
     locate, shared = _access(words, instruction.operands[1], size, len(names), _guarded(instruction))
 
     def step(blocks):
@@ -128,25 +148,29 @@ def _store(instruction, entry):
                 blocks.shared.store(places, size, values, blocks.warp[active])
             else:
                 blocks.memory.store(places, size, values)
+                blocks.stored |= active
                 blocks.idle = 0
 
     return step
 
 
-def _atomic_add(instruction, entry):
+def _arrive(instruction, entry):
+    """An atomic addition, which tells other blocks of all that this block has stored."""
     name, address, operand = instruction.operands
-    kind = instruction.opcode.split(".")[-1]
-    size, read = bits_of(kind) // 8, _reader(operand, kind)
-    locate, _ = _access(["atom", "global"], address, size, 1, _guarded(instruction))
+    (name,), read = _named(name), _reader(operand, "u32")
+    locate, _ = _access(["atom", "global"], address, 4, 1, _guarded(instruction))
 
     def step(blocks):
         active, (addresses,) = locate(blocks)
         added = np.broadcast_to(read(blocks), blocks.threads)[active]
-        found = np.zeros(blocks.threads, numpy_type(kind))
+        others = np.isin(blocks.block, blocks.block[active]) & ~np.isin(blocks.warp, blocks.warp[active])
+        if (blocks.stored & others).any():
+            raise PtxError("other warps have stored, and no barrier is before the arrival")
+        found = np.zeros(blocks.threads, np.uint32)
         for thread, at, more in zip(np.flatnonzero(active), addresses, added, strict=True):
-            old = blocks.memory.load(at[None], size)
+            old = blocks.memory.load(at[None], 4)
             found[thread] = old[0]
-            blocks.memory.store(at[None], size, old + more)
+            blocks.memory.store(at[None], 4, old + more)
         blocks.write(name, found, active)
         blocks.idle = 0
 
@@ -166,6 +190,8 @@ def _copy_to_shared(instruction, entry):
         addresses = np.broadcast_to(sum(read(blocks) for read in readers), blocks.threads)[active]
         copied = np.broadcast_to(read_copied(blocks), blocks.threads)[active]
         for i, places in enumerate(found):
+            if (copied % 4).any() or (addresses % np.uint64(size)).any():
+                raise PtxError("a copy of parts of words, or from an address that is not aligned")
             there = copied > 4 * i
             values = np.zeros(len(places), np.uint32)
             values[there] = blocks.memory.load(addresses[there] + np.uint64(4 * i), 4)
@@ -180,17 +206,20 @@ def _matrices(instruction, entry):
     words = instruction.opcode.split(".")
     loads, transposed = words[0] == "ldmatrix", "trans" in words
     names, address = instruction.operands if loads else instruction.operands[::-1]
-    names, read = _members(names), [_reader(term, "b32") for term in address]
+    names, read = _named(names), [_reader(term, "b32") for term in address]
+    sources = [_reader(name, "b32") for name in names]
 
     def step(blocks):
         blocks.meet(WARP)
         starts = np.broadcast_to(sum(r(blocks) for r in read), blocks.threads).astype(np.int64)
         lane = np.arange(blocks.threads) % WARP
         first = np.arange(blocks.threads) - lane
-        for i, name in enumerate(names):
+        if (starts[(lane < 8 * len(names)) & blocks.active] % 16).any():
+            raise PtxError("a row of a matrix that is not aligned")
+        for i, (name, source) in enumerate(zip(names, sources, strict=True)):
             value = np.zeros(blocks.threads, np.uint32)
             if not loads:
-                value = np.broadcast_to(_reader(name, "b32")(blocks), blocks.threads)
+                value = np.broadcast_to(source(blocks), blocks.threads)
             halves = []
             for half in range(2):
                 row, column = lane // 4, lane % 4 * 2 + half
@@ -214,6 +243,7 @@ def _matrices(instruction, entry):
 def _shuffle(instruction, entry):
     _, _, mode, kind = instruction.opcode.split(".")
     name, operand, lane, clamp, members = instruction.operands
+    _register(name)
     if (clamp, members) != ("31", "-1") or mode not in ("bfly", "idx"):
         raise PtxError(f"unknown instruction {instruction.opcode} {clamp}, {members}")
     read, read_lane = _reader(operand, kind), _reader(lane, "b32")
@@ -231,6 +261,7 @@ def _shuffle(instruction, entry):
 
 def _reduce(instruction, entry):
     name, operand, _ = instruction.operands
+    _register(name)
     read = _reader(operand, instruction.opcode.split(".")[-1])
 
     def step(blocks):
@@ -278,7 +309,8 @@ def _move_parts(instruction, entry):
 
 def _compute(instruction, entry):
     name, *operands = instruction.operands
-    function, kinds, _ = operation(instruction.opcode, len(operands))
+    function, kinds = operation(instruction.opcode, len(operands))
+    _register(name)
     readers = [_reader(operand, kind) for operand, kind in zip(operands, kinds, strict=True)]
     guarded = None if instruction.guard is None else _guarded(instruction)
 
@@ -297,25 +329,37 @@ STEPS = {
     "bar.warp": _nothing,
     "cp.async.commit_group": _nothing,
     "cp.async.wait_group": _nothing,
-    "cp.async": _copy_to_shared,
+    "cp.async.ca": _copy_to_shared,
+    "cp.async.cg": _copy_to_shared,
     "ld.param": _load_parameter,
     "ld": _load,
     "st": _store,
-    "atom.global.gpu.acq_rel.add": _atomic_add,
-    "ldmatrix": _matrices,
-    "stmatrix": _matrices,
+    "atom.global.gpu.acq_rel.add.u32": _arrive,
+    "ldmatrix.sync.aligned.m8n8": _matrices,
+    "stmatrix.sync.aligned.m8n8": _matrices,
     "shfl": _shuffle,
-    "redux.sync.add": _reduce,
+    "redux.sync.add.s32": _reduce,
     "mapa": _map_address,
 }
 """What an instruction does beside computing, by the longest beginning of its opcode."""
 
 
-def step_of(instruction, entry) -> Callable[[Blocks], None]:
+MAY_BE_GUARDED = {_branch, _load, _store, _arrive, _copy_to_shared, _compute}
+
+
+def _maker(instruction):
     words = instruction.opcode.split(".")
     for count in range(len(words), 0, -1):
         if make := STEPS.get(".".join(words[:count])):
-            return make(instruction, entry)
+            return make
     if any(isinstance(operand, tuple) for operand in instruction.operands):
-        return _move_parts(instruction, entry)
-    return _compute(instruction, entry)
+        return _move_parts
+    return _compute
+
+
+def step_of(instruction, entry) -> Callable[[Blocks], None]:
+    """What an instruction does to the active threads."""
+    make = _maker(instruction)
+    if instruction.guard is not None and make not in MAY_BE_GUARDED:
+        raise PtxError(f"{instruction.opcode} with a guard")
+    return make(instruction, entry)

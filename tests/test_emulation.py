@@ -6,23 +6,22 @@ import torch
 from emulation import launch
 from ptx import PtxError, operation, parse
 
-WORDS = {np.dtype(np.float32): "f32", np.dtype(np.uint32): "u32"}
 
-
-def entry(body: str, pointers: int = 2, threads: int = 64, shared: bool = True) -> str:
+def entry(body: str, pointers: int = 2, threads: int = 64, cluster: int = 1) -> str:
     """A module whose kernel `k` has pointers in %rd0, %rd1, .. and the number of its thread in %r0."""
     loads = "\n".join(f"ld.param.b64 %rd{i}, [k_param_{i}];" for i in range(pointers))
     parameters = ",\n".join(f".param .u64 .ptr .global .align 1 k_param_{i}" for i in range(pointers))
     return (
-        f".visible .entry k(\n{parameters}\n)\n.reqntid {threads}\n{{\n.reg .b32 %r<9>;\n"
+        f".visible .entry k(\n{parameters}\n)\n.reqntid {threads}\n.reqnctapercluster {cluster}\n"
+        f"{{\n.reg .b32 %r<9>;\n"
         f"{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
     )
 
 
-def run(body: str, *tensors, programs: int = 1, threads: int = 64, together: bool = False):
+def run(body: str, *tensors, programs=1, threads=64, cluster=1, together=False):
     """Runs the kernel with pointers to tensors, 1 KB of shared memory, and nothing else."""
     ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
-    module = entry(body, len(tensors), threads)
+    module = entry(body, len(tensors), threads, cluster)
     launch(module, (programs,), [t.data_ptr() for t in tensors], 1024, ranges, together)
 
 
@@ -38,6 +37,7 @@ COPY = f"{ADDRESS} ld.global.b32 %r1, [%rd0]; st.global.b32 [%rd1], %r1;"
         ("mul.hi.u32", (np.uint32(2**31), np.uint32(6)), np.uint32(3)),
         ("mad.wide.u32", (np.uint32(2**31), np.uint32(2), np.uint64(5)), np.uint64(2**32 + 5)),
         ("div.s32", (np.int32(-7), np.int32(2)), np.int32(-3)),
+        ("div.s32", (np.int32(-(2**31)), np.int32(2)), np.int32(-(2**30))),
         ("rem.s32", (np.int32(-7), np.int32(2)), np.int32(-1)),
         ("shl.b32", (np.uint32(3), np.uint32(32)), np.uint32(0)),
         ("shr.s32", (np.int32(-8), np.uint32(1)), np.int32(-4)),
@@ -55,6 +55,8 @@ COPY = f"{ADDRESS} ld.global.b32 %r1, [%rd0]; st.global.b32 [%rd1], %r1;"
         ("max.f32", (np.float32("nan"), np.float32(1)), np.float32(1)),
         ("rsqrt.approx.ftz.f32", (np.float32(2**-140),), np.float32("inf")),
         ("cvt.rzi.s32.f32", (np.float32(-2.7),), np.int32(-2)),
+        ("cvt.rzi.s32.f32", (np.float32(3e9),), np.int32(2**31 - 1)),
+        ("cvt.rzi.s32.f32", (np.float32("nan"),), np.int32(0)),
         ("cvt.s64.s32", (np.int32(-1),), np.int64(-1)),
         ("cvt.u64.u32", (np.uint32(2**32 - 1),), np.uint64(2**32 - 1)),
         ("cvt.rn.f16x2.f32", (np.float32(1), np.float32(2)), np.uint32(0x3C004000)),
@@ -62,7 +64,7 @@ COPY = f"{ADDRESS} ld.global.b32 %r1, [%rd0]; st.global.b32 [%rd1], %r1;"
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_computing(opcode, operands, expected):
-    with np.errstate(divide="ignore"):
+    with np.errstate(all="ignore"):
         found = operation(opcode, len(operands)).function(*(np.array([value]) for value in operands))
     assert found[0] == expected
     if isinstance(expected, np.generic):
@@ -88,8 +90,16 @@ def test_narrow_floats():
     assert operation("mul.f16x2", 2).function(*pairs).view(np.float16).tolist() == [3, 8]
 
 
-@pytest.mark.parametrize("opcode", ["frob.f32", "add.bf16", "mul.bf16x2", "setp.lt.and.f32"])
+REFUSED = (
+    *("frob.f32", "add.bf16", "mul.bf16x2", "add.s16x2", "add.cc.u32", "mad.hi.s32", "shf.l.clamp.b32"),
+    *("min.NaN.f32", "add.rz.f32", "fma.rn.sat.f32", "fma.rn.relu.f16", "cvt.rn.relu.bf16.f32"),
+    *("cvt.rna.tf32.f32", "cvt.rz.f16.f32", "setp.lt.and.f32", "setp.lt.bf16", "setp.nan.f32"),
+)
+
+
+@pytest.mark.parametrize("opcode", REFUSED)
 def test_unknown_instructions(opcode):
+    """Whatever has a word that we do not know, even one that seldom matters."""
     with pytest.raises(PtxError, match=f"unknown instruction {opcode}"):
         operation(opcode, 2)
 
@@ -101,6 +111,34 @@ def test_parsing():
     assert (branch.guard, found.labels) == (("%p1", False), {"$L_1": 4})
     assert load.operands == (("%r1", "%r2"), ["%rd0", "4"])
     assert (found.threads, found.cluster, len(found.parameters)) == (64, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("@ %p1 ret;", "cannot read"),
+        ("mov.u32 %r1, %laneid;", "unknown register %laneid"),
+        ("setp.eq.s32 %p1|%p2, %r0, 0;", "unknown register"),
+        ("bar.sync 1, 32;", "a barrier of some warps"),
+        ("setp.eq.s32 %p1, %r0, 0; @%p1 ret;", "ret with a guard"),
+        ("shfl.sync.up.b32 %r1, %r0, 1, 0, -1;", "unknown instruction shfl"),
+        ("red.global.add.f32 [%rd0], %r0;", "unknown"),
+    ],
+)
+def test_refused(body, error):
+    with pytest.raises(PtxError, match=error):
+        run(body, torch.zeros(1))
+
+
+def test_scopes():
+    """Of inline assembly, with registers of their own; what is behind a brace counts."""
+    y = torch.zeros(64, dtype=torch.int32)
+    run(
+        f"{ADDRESS} {{ .reg .b32 %r7; mov.b32 %r7, 5;\n}}\nst.global.b32 [%rd1], %r7;",
+        torch.zeros(64),
+        y,
+    )
+    assert (y == 5).all()
 
 
 def test_a_copy():
@@ -216,6 +254,48 @@ def test_programs_that_wait_for_each_other():
     arrivals.zero_()
     with pytest.raises(PtxError, match="wait for each other"):
         run(ARRIVE_AND_WAIT + store, arrivals, y, programs=2, together=True)
+
+
+def test_an_arrival_needs_a_barrier():
+    """Before it, where other warps of the block have stored."""
+    arrivals, y = torch.zeros(1, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    store = "mul.wide.u32 %rd8, %r0, 4; add.s64 %rd7, %rd1, %rd8; st.global.b32 [%rd7], %r0;"
+    arrive = ARRIVE_AND_WAIT.replace("%r3, 3", "%r3, 1")
+    run(f"{store} bar.sync 0; {arrive}", arrivals, y)
+    arrivals.zero_()
+    with pytest.raises(PtxError, match="no barrier is before the arrival"):
+        run(store + arrive, arrivals, y)
+
+
+def test_programs_that_wait_must_be_launched_together():
+    arrivals, y = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    with pytest.raises(PtxError, match="wait for each other"):
+        run(ARRIVE_AND_WAIT, arrivals, y, programs=3)
+
+
+CLUSTER_COPY = f"""{ADDRESS}
+    mov.u32 %r1, %cluster_ctarank;
+    mul.lo.s32 %r2, %r1, 100;
+    add.s32 %r2, %r2, %r0;
+    shl.b32 %r3, %r0, 2;
+    st.shared.b32 [%r3], %r2;
+    BARRIER
+    xor.b32 %r4, %r1, 1;
+    mapa.shared::cluster.u32 %r5, %r3, %r4;
+    ld.shared::cluster.b32 %r6, [%r5];
+    mul.wide.u32 %rd7, %r1, 256;
+    add.s64 %rd1, %rd1, %rd7;
+    st.global.b32 [%rd1], %r6;"""
+
+
+def test_clusters():
+    """A block reads its neighbour's memory, once both have met."""
+    x, y = torch.zeros(64), torch.zeros(2, 64, dtype=torch.int32)
+    meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    run(CLUSTER_COPY.replace("BARRIER", meet), x, y, cluster=2)
+    assert torch.equal(y, torch.arange(64) + torch.tensor([[100], [0]]))
+    with pytest.raises(PtxError, match="another wrote before a barrier"):
+        run(CLUSTER_COPY.replace("BARRIER", ""), x, y, cluster=2)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
