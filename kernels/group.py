@@ -36,12 +36,14 @@ from .primitives import (
 
 
 @triton.constexpr_function
-def alone_in_line(dtype, BLOCK_S, ADJACENT, ALIGN):
-    """Whether a thread may have a single position of a channel in a tile: of adjacent positions, a line
-    of which all warps may share; or of channels_last, where lanes lie across channels too."""
+def alone_in_line(dtype, BLOCK_C, BLOCK_S, ADJACENT, ALIGN):
+    """Whether a thread may have a single position of a channel in a tile: of one with no more elements
+    than threads; of a line that all warps share; and of channels_last, where few lanes share one."""
     if ADJACENT == "s":
-        return alone(BLOCK_S, word(dtype, BLOCK_S, ALIGN), 512)
-    return alone(BLOCK_S, 1, 64)
+        single = alone(BLOCK_S, word(dtype, BLOCK_S, ALIGN), 512)
+    else:
+        single = alone(BLOCK_S, 1, 64 if ADJACENT == "c" else 1024)
+    return single or BLOCK_C * BLOCK_S <= 128
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def group_forward(
     if centers_twice(x_ptr.dtype.element_ty, CG * CHUNKS * BLOCK_S):
         rest, deviations = center_groups(deviations, masks, inverse_count, CG, GROUPS)
         mean += rest
-    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_S, ADJACENT, ALIGN)
+    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_C, BLOCK_S, ADJACENT, ALIGN)
     squares = over_groups(row_sum(summed_products(deviations, deviations, ALONE)), CG, GROUPS)
     variance = times(squares, inverse_count)
     rstd = inverse_deviation(variance, eps)
@@ -211,7 +213,7 @@ def group_backward(
     masks = tile_masks(present, lanes, S, CHUNKS, ADJACENT, ALIGN)
     dweight = tl.zeros([BLOCK_C], dtype)
     dbias = tl.zeros([BLOCK_C], dtype)
-    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_S, ADJACENT, ALIGN)
+    ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_C, BLOCK_S, ADJACENT, ALIGN)
 
     for image in range(program, N, tl.num_programs(1)):
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)

@@ -315,6 +315,9 @@ def operands_of(kernel, arguments) -> list[tuple[str, Any]]:
     """What a compiled kernel takes, by the parameters' names: Triton leaves out what is constexpr, None
     or, unless it is told not to, the integer 1, and flattens tuples."""
 
+    def specializes(parameter) -> bool:
+        return not (parameter.do_not_specialize or parameter.annotation_type)
+
     def flat(value, specialized: bool):
         if isinstance(value, tuple):
             return [item for member in value for item in flat(member, specialized=True)]
@@ -324,7 +327,7 @@ def operands_of(kernel, arguments) -> list[tuple[str, Any]]:
         (parameter.name, item)
         for parameter in kernel.params
         if not parameter.is_constexpr
-        for item in flat(arguments.get(parameter.name), not parameter.do_not_specialize)
+        for item in flat(arguments.get(parameter.name), specializes(parameter))
     ]
 
 

@@ -271,6 +271,14 @@ def test_only_the_needed_gradients(operator, shape, needed, device):
         assert (leaf.grad is None) if name not in needed else torch.equal(leaf.grad, full)
 
 
+@pytest.mark.parametrize(("operator", "groups"), [(GROUP_NORM, 8), (INSTANCE_NORM, None)], ids=str)
+def test_an_expanded_gradient_of_long_lines(operator, groups, device):
+    """With it nothing is adjacent, and a line lies across all warps."""
+    x, dy = torch.randn(1, 16, 196, device=device), torch.randn(1, 16, 1, device=device)
+    weight, bias = torch.randn(2, 16, device=device)
+    compare(operator, x, weight, bias, dy.expand(x.shape), groups)
+
+
 @every_operator
 def test_same_bits_again(operator, shape, device):
     x, dy = torch.randn(2, *shape, device=device)

@@ -65,7 +65,6 @@ def test_what_is_exempt_is_named_and_does_not_fail():
     wide = of(gates.OF_KERNELS, kernel(registers=198, dtype="fp64"))["4 registers"]
     assert not wide.fails
     assert wide.line("here").endswith("198 registers, more than 96 (exempt: a float64 takes two)")
-    assert of(gates.OF_KERNELS, kernel(uneven_sums=1))["10 uneven sums"].fails
     loop = replace(walking().regions[1], divisions=1)
     strided = walking(regions=[Region(), loop], layout="strided")
     assert not of(gates.OF_KERNELS, strided)["7 divisions"].fails
