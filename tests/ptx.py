@@ -321,6 +321,18 @@ def _of_mixed(operation: Operation, narrow: str, wide: str) -> Operation:
     return Operation(of_mixed, (*kinds, wide))
 
 
+def _with_one_nan(function):
+    """The same, with NaN of one kind, as a GPU's arithmetic makes it."""
+
+    def of_one_nan(*values):
+        result = function(*values)
+        if result.dtype.kind == "f" and np.isnan(result).any():
+            result = np.where(np.isnan(result), number("-1", f"f{8 * result.itemsize}"), result)
+        return result
+
+    return of_one_nan
+
+
 def _flushed(operation: Operation) -> Operation:
     """The same with zero for subnormal numbers."""
 
@@ -359,5 +371,5 @@ def operation(opcode: str, operands: int) -> Operation:
         kinds[1:] = ["b32"] * (operands - 1)
     elif name in LAST_OPERAND:
         kinds[-1] = LAST_OPERAND[name]
-    found = Operation(function, tuple(kinds))
+    found = Operation(_with_one_nan(function), tuple(kinds))
     return _flushed(found) if "ftz" in words else found

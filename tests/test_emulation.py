@@ -90,6 +90,13 @@ def test_narrow_floats():
     assert operation("mul.f16x2", 2).function(*pairs).view(np.float16).tolist() == [3, 8]
 
 
+def test_one_nan():
+    """Lanes that add up NaN have the same bits, whatever they began with."""
+    nans = np.array([0x7FC00001, 0xFFC00002], np.uint32).view(np.float32)
+    found = operation("add.f32", 2).function(nans, nans[::-1])
+    assert found.view(np.uint32).tolist() == [0xFFFFFFFF] * 2
+
+
 REFUSED = (
     *("frob.f32", "add.bf16", "mul.bf16x2", "add.s16x2", "add.cc.u32", "mad.hi.s32", "shf.l.clamp.b32"),
     *("min.NaN.f32", "add.rz.f32", "fma.rn.sat.f32", "fma.rn.relu.f16", "cvt.rn.relu.bf16.f32"),
