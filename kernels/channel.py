@@ -99,8 +99,8 @@ def tile_pointers(
 
     ADJACENT names the dimension whose elements are adjacent in memory, "c" or "s"; every line along it
     starts at a multiple of ALIGN elements. This hint decides the access width, and with it the order of
-    sums; it is about the last of the sums along a line, as the compiler merges those before, and would
-    forget it. Both are None where the compiler has to find out.
+    sums. It is given to the pointer that is loaded from: the compiler merges earlier additions, and
+    loses what it was told of them. Both are None where the compiler has to find out.
     """
     first = ptr + image * strides[0]
     moved = tl.full((), start, tl.int64) * strides[2]

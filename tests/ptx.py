@@ -163,15 +163,6 @@ def _permute(a, b, selector):
     return result
 
 
-def _funnel(left: bool):
-    def shift(low, high, amount):
-        pair = high.astype(np.uint64) << np.uint64(32) | low
-        amount = (amount & np.uint32(31)).astype(np.uint64)
-        return (pair << amount >> np.uint64(32) if left else pair >> amount).astype(np.uint32)
-
-    return shift
-
-
 def _shift(function):
     """By so many bits, or by all that there are."""
     return lambda a, amount: function(a, np.minimum(amount, 8 * a.dtype.itemsize).astype(a.dtype))
@@ -194,33 +185,24 @@ FUNCTIONS = {
     "div": _quotient,
     "rem": np.fmod,
     "neg": np.negative,
-    "abs": np.abs,
     "min": _extreme(np.fmin, np.minimum),
     "max": _extreme(np.fmax, np.maximum),
     "sqrt": np.sqrt,
     "rsqrt": _through_wider(lambda a: 1 / np.sqrt(a)),
-    "rcp": lambda a: 1 / a,
-    "ex2": _through_wider(np.exp2),
-    "lg2": _through_wider(np.log2),
-    "tanh": _through_wider(np.tanh),
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
-    "shf.l": _funnel(left=True),
-    "shf.r": _funnel(left=False),
     "bfe": _bit_field,
     "prmt": _permute,
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
 }
 """What instructions compute, by the first two words of their opcode or by the first."""
 
-WORDS = {"rn", "approx", "full", "ftz", "lo", "wide", "wrap", "l", "r"}
+WORDS = {"rn", "approx", "full", "ftz", "lo", "wide"}
 """What may stand between an instruction's name and its type; "hi" in a multiplication alone."""
-
-CONVERSION_WORDS = {"rn", "rni", "rzi", "rmi", "rpi"}
 
 TYPES = re.compile(r"pred|[bsu](8|16|32|64)|f(16|32|64)|f16x2|f32x2")
 
@@ -234,8 +216,6 @@ COMPARISONS = {
 }
 
 LAST_OPERAND = {"selp": "pred", "shl": "b32", "shr": "b32", "prmt": "b32"}
-
-ROUND_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 class Operation(NamedTuple):
@@ -264,21 +244,11 @@ def _comparison(words, kind) -> Operation:
     return Operation(of_floats, (kind, kind))
 
 
-def _saturated(values, kind):
-    """Whole numbers as integers of a type, or what is nearest to them there; zero for NaN."""
-    if np.dtype(kind).kind == "f":
-        return values.astype(kind)
-    limits = np.iinfo(kind)
-    inside = np.where(np.isnan(values), 0, np.clip(values, limits.min, limits.max))
-    result = inside.astype(kind)
-    return np.where(values >= limits.max, limits.max, result).astype(kind)
-
-
 def _conversion(words) -> Operation:
     to, of = words[-2:]
-    narrow = "bf16", "bf16x2"
-    known = {*words[1:-2]} <= CONVERSION_WORDS and (TYPES.fullmatch(to) or to in narrow)
-    if not known or not (TYPES.fullmatch(of) or of == "bf16"):
+    known = TYPES.fullmatch(to.replace("bf", "f")) and TYPES.fullmatch(of.replace("bf", "f"))
+    to_integer = "f" in of and "f" not in to
+    if not known or to_integer or not {*words[1:-2]} <= {"rn"}:
         raise _unknown(".".join(words))
     if to.endswith("x2"):  # the first operand becomes the upper half
         narrow = _conversion([*words[:-2], to.removesuffix("x2"), of]).function
@@ -292,9 +262,6 @@ def _conversion(words) -> Operation:
         return Operation(_to_bfloat16, (of,))
     if of == "bf16":
         return Operation(lambda a: _from_bfloat16(a).astype(numpy_type(to)), ("b16",))
-    rounding = next((ROUND_TO_INTEGER[word] for word in words if word in ROUND_TO_INTEGER), None)
-    if rounding is not None:
-        return Operation(lambda a: _saturated(rounding(a), numpy_type(to)), (of,))
     return Operation(lambda a: a.astype(numpy_type(to)), (of,))
 
 

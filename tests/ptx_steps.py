@@ -85,7 +85,7 @@ def _barrier(instruction, entry):
 
 
 def _nothing(instruction, entry):
-    """What needs nothing done where the threads of a warp are in step, and copies are at once."""
+    """What needs nothing done where the threads of a warp are in step."""
     return lambda blocks: None
 
 
@@ -177,29 +177,6 @@ def _arrive(instruction, entry):
     return step
 
 
-def _copy_to_shared(instruction, entry):
-    """cp.async, as if it ended at once; what is not copied of its bytes is zero."""
-    to, source, size, *copied = instruction.operands
-    guarded, size = _guarded(instruction), int(size, 0)
-    locate, _ = _access(["st", "shared"], to, 4, size // 4, guarded)
-    readers = [_reader(term, "b64") for term in source]
-    read_copied = _reader(copied[0] if copied else str(size), "b32")
-
-    def step(blocks):
-        active, found = locate(blocks)
-        addresses = np.broadcast_to(sum(read(blocks) for read in readers), blocks.threads)[active]
-        copied = np.broadcast_to(read_copied(blocks), blocks.threads)[active]
-        for i, places in enumerate(found):
-            if (copied % 4).any() or (addresses % np.uint64(size)).any():
-                raise PtxError("a copy of parts of words, or from an address that is not aligned")
-            there = copied > 4 * i
-            values = np.zeros(len(places), np.uint32)
-            values[there] = blocks.memory.load(addresses[there] + np.uint64(4 * i), 4)
-            blocks.shared.store(places, 4, values, blocks.warp[active])
-
-    return step
-
-
 def _matrices(instruction, entry):
     """ldmatrix and stmatrix: matrices of 8 x 8 elements of 16 bits. Thread i gives the address of row
     i % 8 of matrix i // 8, and holds of every matrix two elements of row i // 4, from 2 * (i % 4) on."""
@@ -274,6 +251,7 @@ def _reduce(instruction, entry):
 
 def _map_address(instruction, entry):
     name, address, rank = instruction.operands
+    _register(name)
     read, read_rank = _reader(address, "b32"), _reader(rank, "b32")
 
     def step(blocks):
@@ -287,15 +265,15 @@ def _move_parts(instruction, entry):
     """A register to several that are its parts, or the reverse; the first is the lowest."""
     to, of = instruction.operands
     kind = instruction.opcode.split(".")[-1]
+    names = _named(to)
     if isinstance(to, tuple):
         part, read = UNSIGNED[bits_of(kind) // len(to)], _reader(of, kind)
 
         def split(blocks):
             values = np.ascontiguousarray(np.broadcast_to(read(blocks), blocks.threads))
             parts = values.view(part).reshape(blocks.threads, -1)
-            for i, name in enumerate(to):
-                if name != "_":
-                    blocks.write(name, np.ascontiguousarray(parts[:, i]))
+            for i, name in enumerate(names):
+                blocks.write(name, np.ascontiguousarray(parts[:, i]))
 
         return split
     readers = [_reader(name, f"b{bits_of(kind) // len(of)}") for name in of]
@@ -327,10 +305,6 @@ STEPS = {
     "bar.sync": _barrier,
     "barrier.cluster": _barrier,
     "bar.warp": _nothing,
-    "cp.async.commit_group": _nothing,
-    "cp.async.wait_group": _nothing,
-    "cp.async.ca": _copy_to_shared,
-    "cp.async.cg": _copy_to_shared,
     "ld.param": _load_parameter,
     "ld": _load,
     "st": _store,
@@ -344,7 +318,7 @@ STEPS = {
 """What an instruction does beside computing, by the longest beginning of its opcode."""
 
 
-MAY_BE_GUARDED = {_branch, _load, _store, _arrive, _copy_to_shared, _compute}
+MAY_BE_GUARDED = {_branch, _load, _store, _arrive, _compute}
 
 
 def _maker(instruction):

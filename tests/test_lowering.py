@@ -10,10 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from lowered import walking
 
 from perf import gates
 from perf.assembly import Region, read_ptx, read_sass, uneven_sums
-from perf.compiled import TARGETS, Lowered
+from perf.compiled import TARGETS
 from perf.lowering import LAYERS, weight_cases
 from perf.shapes import Case
 from tritonnorm import heuristics
@@ -125,23 +126,9 @@ def test_barriers(target):
 
 
 def lowered(**changes):
-    fields = dict(
-        target="sm_90",
-        kernel="row_backward",
-        operator="layer_norm",
-        direction="backward",
-        shape="64x1024",
-        dtype="bf16",
-        layout="contiguous",
-        tiles=[(1, 1024)],
-        line=1024,
-        num_warps=4,
-        num_ctas=1,
-        registers=64,
-        stack=0,
-        widths={"x": [16], "dy": [16], "dx": [16], "mean": [4]},
-    )
-    return Lowered(**(fields | changes))
+    """A step of a backward pass, whose every access is of 16 bytes."""
+    widths = {"x": [16], "dy": [16], "dx": [16], "mean": [4]}
+    return walking(**(dict(line=1024, registers=64, widths=widths) | changes))
 
 
 def test_violations_are_noticed():
