@@ -265,7 +265,7 @@ def _move_parts(instruction, entry):
     """A register to several that are its parts, or the reverse; the first is the lowest."""
     to, of = instruction.operands
     kind = instruction.opcode.split(".")[-1]
-    names = _named(to)
+    names = tuple(name if name == "_" else _register(name) for name in _members(to))
     if isinstance(to, tuple):
         part, read = UNSIGNED[bits_of(kind) // len(to)], _reader(of, kind)
 
@@ -273,7 +273,8 @@ def _move_parts(instruction, entry):
             values = np.ascontiguousarray(np.broadcast_to(read(blocks), blocks.threads))
             parts = values.view(part).reshape(blocks.threads, -1)
             for i, name in enumerate(names):
-                blocks.write(name, np.ascontiguousarray(parts[:, i]))
+                if name != "_":
+                    blocks.write(name, np.ascontiguousarray(parts[:, i]))
 
         return split
     readers = [_reader(name, f"b{bits_of(kind) // len(of)}") for name in of]
