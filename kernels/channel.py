@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .names import kernel
-from .primitives import bytes_of, compute_dtype, inverse_deviation
+from .primitives import bytes_of, compute_dtype, inverse_deviation, product
 
 
 @triton.jit
@@ -41,11 +41,11 @@ def locate(
         block, part = program // parts % blocks, program % parts
     images = program // (blocks * parts)
     channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = images.to(tl.int64) * IMAGES
+    first = images * IMAGES
     start = part * STEPS * BLOCK_S
-    bounds = (first, tl.minimum(first + IMAGES, N), start, tl.minimum(start + STEPS * BLOCK_S, S))
+    last, end = first + tl.minimum(IMAGES, N - first), tl.minimum(start + STEPS * BLOCK_S, S)
     present = channels < known_to_divide(C, ADJACENT == "c", ALIGN)
-    return images * parts + part, channels, present, bounds
+    return images * parts + part, channels, present, (first, last, start, end)
 
 
 @triton.jit
@@ -65,6 +65,26 @@ def from_the_last():
     found in L2.
     """
     return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
+def count_tiles(bounds, BLOCK_S: tl.constexpr):
+    """The tiles of a piece: those of all of its images."""
+    image, last_image, first, end = bounds
+    return (last_image - image) * tl.cdiv(end - first, BLOCK_S)
+
+
+@triton.jit
+def next_tile(n, at, first, end, BLOCK_S: tl.constexpr, IMAGE: tl.constexpr = 1):
+    """The image and the position of the tile after that at `at` of image n: positions go from `first` to
+    `end` (excluded), then to the next image, or the one before it (IMAGE is -1).
+
+    One loop over all tiles, unlike loops over images and positions, has its loads ahead of what is
+    computed across images.
+    """
+    at += BLOCK_S
+    ends = at >= end
+    return n + tl.where(ends, IMAGE, 0), tl.where(ends, first, at)
 
 
 @triton.jit
@@ -94,7 +114,7 @@ def tile_mask(present, positions, end, ADJACENT: tl.constexpr, ALIGN: tl.constex
 def tile_pointers(
     ptr, image, channels, positions, strides, ADJACENT: tl.constexpr, ALIGN: tl.constexpr, start
 ):
-    """Pointers `[BLOCK_C, BLOCK_S]` to `channels` of an image (int64), at `positions` counted from
+    """Pointers `[BLOCK_C, BLOCK_S]` to `channels` of an image, at `positions` counted from
     `start`. A loop over tiles moves `start` alone: the rest is then computed before it.
 
     ADJACENT names the dimension whose elements are adjacent in memory, "c" or "s"; every line along it
@@ -102,7 +122,7 @@ def tile_pointers(
     sums. It is given to the pointer that is loaded from: the compiler merges earlier additions, and
     loses what it was told of them. Both are None where the compiler has to find out.
     """
-    first = ptr + image * strides[0]
+    first = ptr + tl.full((), image, tl.int64) * strides[0]
     moved = tl.full((), start, tl.int64) * strides[2]
     across_c = channels.to(tl.int64) * strides[1]
     across_s = positions.to(tl.int64) * strides[2]
@@ -162,9 +182,8 @@ def load_weight(weight_ptr, channels, present, dtype: tl.constexpr):
 
 @triton.jit
 def set_numbers(image, channels, CG, SETS):
-    """Which set each channel of an image (int64) belongs to, `[BLOCK_C]`. SETS is 0 where images share
-    theirs."""
-    return image * SETS + channels // CG
+    """The set of each channel of an image, `[BLOCK_C]`. SETS is 0 where images share theirs."""
+    return image.to(tl.int64) * SETS + channels // CG
 
 
 @triton.jit
@@ -197,6 +216,7 @@ def channel_moments(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS=1,
     program=None,
 ):
@@ -214,52 +234,43 @@ def channel_moments(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
     image, last_image, first, end = bounds
-    origin = x_ptr + image * x_strides[0] + first.to(tl.int64) * x_strides[2]
+    origin = x_ptr + image.to(tl.int64) * x_strides[0] + first.to(tl.int64) * x_strides[2]
     shift = load_channels(origin, columns.to(tl.int64) * x_strides[1], present, dtype)
     lanes = tl.arange(0, BLOCK_S)
     WIDE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth >= 32
     whole = first + (end - first) // BLOCK_S * BLOCK_S
-    count = tl.full((), 0.0, dtype)
-    mean = tl.zeros([BLOCK_C], dtype)
-    squares = tl.zeros([BLOCK_C], dtype)
+    lane_mean = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+    lane_squares = tl.zeros([BLOCK_C, BLOCK_S], dtype)
+    steps = tl.full((), 0.0, dtype)
+    whole_steps = steps
 
     for part in tl.static_range(2):
         if part == 0:
             start, stop = first, whole
         else:
             start, stop = whole, end
-        if start < stop:
-            lane_mean = tl.zeros([BLOCK_C, BLOCK_S], dtype)
-            lane_squares = tl.zeros([BLOCK_C, BLOCK_S], dtype)
-            steps = tl.full((), 0.0, dtype)
-            for n in range(image, last_image):
-                for at in range(start, stop, BLOCK_S):
-                    mask = tile_mask(present, at + lanes, end, ADJACENT, ALIGN)
-                    x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, at)
-                    if WIDE:
-                        x -= shift[:, None]
-                    steps += 1.0
-                    delta = x - lane_mean
-                    lane_mean += delta * (1.0 / steps)
-                    lane_squares += delta * (x - lane_mean)
+            whole_steps = steps
+        mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+        n, at = image, start
+        for _ in tl.range(0, count_tiles((image, last_image, start, stop), BLOCK_S), num_stages=STAGES):
+            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, at)
+            if WIDE:
+                x -= shift[:, None]
+            if part == 1:
+                x = tl.where(mask, x, lane_mean)
+            steps += 1.0
+            delta = x - lane_mean
+            lane_mean += delta * (1.0 / steps)
+            lane_squares += delta * (x - lane_mean)
+            n, at = next_tile(n, at, start, stop, BLOCK_S)
 
-            # Lanes beyond the end hold what they made of zeros.
-            there = (start + lanes < end)[None, :]
-            of_lanes = tl.minimum(end - start, BLOCK_S).to(dtype)
-            if not WIDE:
-                lane_mean -= shift[:, None]
-            lane_mean = tl.where(there, lane_mean, 0.0)
-            part_mean = tl.sum(lane_mean, axis=1) * (1.0 / of_lanes)
-            deviation = lane_mean - part_mean[:, None]
-            lane_squares += steps * deviation * deviation
-            part_squares = tl.sum(tl.where(there, lane_squares, 0.0), axis=1)
-
-            part_count = steps * of_lanes
-            share = part_count / (count + part_count)
-            delta = part_mean - mean
-            mean += delta * share
-            squares += part_squares + delta * (count * share) * delta  # no inf * 0 in the first part
-            count += part_count
+    counts = tl.where(whole + lanes < end, steps, whole_steps)[None, :]
+    if not WIDE:
+        lane_mean -= shift[:, None]
+    share = 1.0 / ((last_image - image).to(dtype) * (end - first).to(dtype))
+    mean = tl.sum(product(lane_mean, counts * share, ALONE=True), axis=1)
+    deviation = lane_mean - mean[:, None]
+    squares = tl.sum(lane_squares + counts * deviation * deviation, axis=1)
 
     partial = partial_places(piece, columns, C, S, STEPS * BLOCK_S, COLUMNS)
     tl.store(mean_partial_ptr + partial, shift.to(tl.float64) + mean.to(tl.float64), present)
@@ -290,6 +301,7 @@ def channel_normalize(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS=1,
     program=None,
 ):
@@ -313,13 +325,14 @@ def channel_normalize(
 
     lanes = tl.arange(0, BLOCK_S)
     last = last_tile(first, end, BLOCK_S)
-    for n in range(last_image - 1, image - 1, -1):
-        for back in range(0, end - first, BLOCK_S):
-            start = last - back
-            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-            y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
-            store_tile(y_ptr, y, n, columns, lanes, mask, y_strides, ADJACENT, ALIGN, start)
+    n, back = last_image - 1, 0
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        start = last - back
+        mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+        x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+        y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
+        store_tile(y_ptr, y, n, columns, lanes, mask, y_strides, ADJACENT, ALIGN, start)
+        n, back = next_tile(n, back, 0, end - first, BLOCK_S, IMAGE=-1)
 
 
 @kernel(do_not_specialize=["N", "C", "S", "IMAGES", "STEPS", "SETS"])
@@ -348,6 +361,7 @@ def channel_gradient_sums(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS=1,
     program=None,
 ):
@@ -359,7 +373,7 @@ def channel_gradient_sums(
     piece, columns, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    image, last_image, first, end = bounds
+    image, _, first, end = bounds
     channels = columns // COLUMNS
     sets = set_numbers(image, channels, CG, SETS)
     mean, rstd = load_statistics(mean_ptr, rstd_ptr, variance_ptr, eps, sets, present, dtype)
@@ -369,16 +383,17 @@ def channel_gradient_sums(
     dbias = tl.zeros([BLOCK_C, BLOCK_S], dtype)
     lanes = tl.arange(0, BLOCK_S)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
-            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-            dweight += dy * tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
-            dbias += dy
-            if dx_ptr is not None:
-                dx = dy * factor[:, None]
-                store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+    n, start = image, first
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+        dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+        x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+        dweight += dy * tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        dbias += dy
+        if dx_ptr is not None:
+            dx = dy * factor[:, None]
+            store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+        n, start = next_tile(n, start, first, end, BLOCK_S)
 
     partial = partial_places(piece, columns, C, S, STEPS * BLOCK_S, COLUMNS)
     tl.store(dweight_partial_ptr + partial, tl.sum(dweight, axis=1), present)
@@ -409,6 +424,7 @@ def channel_input_gradient(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS=1,
     program=None,
 ):
@@ -429,12 +445,13 @@ def channel_input_gradient(
 
     lanes = tl.arange(0, BLOCK_S)
     last = last_tile(first, end, BLOCK_S)
-    for n in range(last_image - 1, image - 1, -1):
-        for back in range(0, end - first, BLOCK_S):
-            start = last - back
-            mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
-            x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-            x_hat = (x - mean[:, None]) * rstd[:, None]
-            dx = dy * factor[:, None] - constant[:, None] - x_hat * slope[:, None]
-            store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+    n, back = last_image - 1, 0
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        start = last - back
+        mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
+        dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
+        x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
+        x_hat = (x - mean[:, None]) * rstd[:, None]
+        dx = dy * factor[:, None] - constant[:, None] - x_hat * slope[:, None]
+        store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
+        n, back = next_tile(n, back, 0, end - first, BLOCK_S, IMAGE=-1)

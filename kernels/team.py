@@ -118,6 +118,7 @@ def team_forward(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     team, place = tl.program_id(0) // WIDTH, tl.program_id(0) % WIDTH
     for unit in range(team, UNITS, tl.num_programs(0) // WIDTH):
@@ -136,6 +137,7 @@ def team_forward(
                 BLOCK_S,
                 ADJACENT,
                 ALIGN,
+                STAGES,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )
         meet(arrivals_ptr, unit, WIDTH)
@@ -195,6 +197,7 @@ def team_forward(
                 BLOCK_S,
                 ADJACENT,
                 ALIGN,
+                STAGES,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )
 
@@ -235,6 +238,7 @@ def team_backward(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     team, place = tl.program_id(0) // WIDTH, tl.program_id(0) % WIDTH
     for unit in range(team, UNITS, tl.num_programs(0) // WIDTH):
@@ -264,6 +268,7 @@ def team_backward(
                 BLOCK_S,
                 ADJACENT,
                 ALIGN,
+                STAGES,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )
         meet(arrivals_ptr, unit, WIDTH)
@@ -312,5 +317,6 @@ def team_backward(
                 BLOCK_S,
                 ADJACENT,
                 ALIGN,
+                STAGES,
                 program=member_program(unit, member, C, S, STEPS, BLOCKS, BLOCK_C, BLOCK_S, ADJACENT),
             )

@@ -9,7 +9,7 @@ STEPS), and in the order of the arguments how many elements each pointer lies fr
 import triton
 import triton.language as tl
 
-from .channel import load_channels, load_tile, locate, store_tile, tile_mask
+from .channel import count_tiles, load_channels, load_tile, locate, next_tile, store_tile, tile_mask
 from .fold import column_sum
 from .names import kernel
 from .primitives import alone, compute_dtype, input_gradient, product, square_root, word
@@ -255,6 +255,7 @@ def weight_squares(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sum of squares of each channel of a piece."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
@@ -267,16 +268,17 @@ def weight_squares(
     piece, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    image, last_image, first, end = bounds
+    image, _, first, end = bounds
     strides = dense_strides(C, S, ADJACENT)
     squares = tl.zeros([BLOCK_C, BLOCK_S], dtype)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-            squares += x * x
+    n, start = image, first
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        positions = start + tl.arange(0, BLOCK_S)
+        mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+        x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        squares += x * x
+        n, start = next_tile(n, start, first, end, BLOCK_S)
 
     partial = piece.to(tl.int64) * C + channels
     tl.store(squares_partial_ptr + partial, tl.sum(squares, axis=1), present)
@@ -302,6 +304,7 @@ def weight_normalize(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y of a piece, with the norms of all pieces."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
@@ -317,20 +320,21 @@ def weight_normalize(
     piece, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    image, last_image, first, end = bounds
+    image, _, first, end = bounds
     strides = dense_strides(C, S, ADJACENT)
     spread = square_root(
         sum_of_pieces(squares_partial_ptr, channels, present, N, C, S, IMAGES, STEPS, BLOCK_P, BLOCK_S)
     )
     factor = load_channels(gain_ptr, channels, present, dtype) * inverse_norm(spread)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-            y = x * factor[:, None]
-            store_tile(y_ptr, y, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+    n, start = image, first
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        positions = start + tl.arange(0, BLOCK_S)
+        mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+        x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        y = x * factor[:, None]
+        store_tile(y_ptr, y, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        n, start = next_tile(n, start, first, end, BLOCK_S)
 
     if spread_ptr is not None:
         if piece == 0:
@@ -355,6 +359,7 @@ def weight_gradient_sums(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """sum(dy * x_hat) of each channel of a piece."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
@@ -369,18 +374,19 @@ def weight_gradient_sums(
     piece, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    image, last_image, first, end = bounds
+    image, _, first, end = bounds
     strides = dense_strides(C, S, ADJACENT)
     inverse = inverse_norm(load_channels(spread_ptr, channels, present, dtype))
     dgain = tl.zeros([BLOCK_C, BLOCK_S], dtype)
 
-    for n in range(image, last_image):
-        for start in range(first, end, BLOCK_S):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-            dgain += dy * (x * inverse[:, None])
+    n, start = image, first
+    for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+        positions = start + tl.arange(0, BLOCK_S)
+        mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+        dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        dgain += dy * (x * inverse[:, None])
+        n, start = next_tile(n, start, first, end, BLOCK_S)
 
     partial = piece.to(tl.int64) * C + channels
     tl.store(dgain_partial_ptr + partial, tl.sum(dgain, axis=1), present)
@@ -408,6 +414,7 @@ def weight_input_gradient(
     BLOCK_S: tl.constexpr,
     ADJACENT: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx of a piece, with dgain of all pieces."""
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
@@ -425,7 +432,7 @@ def weight_input_gradient(
     piece, channels, present, bounds = locate(
         program, N, C, S, IMAGES, STEPS, BLOCK_C, BLOCK_S, ADJACENT, ALIGN
     )
-    image, last_image, first, end = bounds
+    image, _, first, end = bounds
     strides = dense_strides(C, S, ADJACENT)
     inverse = inverse_norm(load_channels(spread_ptr, channels, present, dtype))
     factor = load_channels(gain_ptr, channels, present, dtype) * inverse
@@ -435,12 +442,13 @@ def weight_input_gradient(
             tl.store(dgain_ptr + channels, dgain, present)
 
     if dx_ptr is not None:
-        for n in range(image, last_image):
-            for start in range(first, end, BLOCK_S):
-                positions = start + tl.arange(0, BLOCK_S)
-                mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-                dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-                x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-                x_hat = x * inverse[:, None]
-                dx = input_gradient(dy, x_hat, dgain, tl.zeros_like(dgain), factor)
-                store_tile(dx_ptr, dx, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        n, start = image, first
+        for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
+            positions = start + tl.arange(0, BLOCK_S)
+            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+            dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+            x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+            x_hat = x * inverse[:, None]
+            dx = input_gradient(dy, x_hat, dgain, tl.zeros_like(dgain), factor)
+            store_tile(dx_ptr, dx, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+            n, start = next_tile(n, start, first, end, BLOCK_S)

@@ -19,6 +19,9 @@ from triton.runtime.cache import get_cache_manager
 ACCESS = r"(ld|st|atom)[\w.:]*?\.global(?:[\w.:]*?\.v(\d)|[\w.:]*?)\.[bfus](\d+)\s(.*)"
 """A load, store or atomic of PTX: vector length, bits, operands; with any cache hints between."""
 
+COPY = r"cp\.async\.c[ag]\.shared\.global\s+\[[^\]]*\], \[ (%\w+)[^\]]*\], (0x\w+)"
+"""A load that goes to shared memory on its way: address, bytes."""
+
 LABEL, BRANCH = r"^(\$L__BB\w+):", r"\bbra(?:\.uni)?\s+(\$L__BB\w+)"
 DIVISION = r"(div|rem)\.[su](32|64)\b"
 """Of integers, by a number that is not known when it is compiled: others are multiplications."""
@@ -27,7 +30,7 @@ BARRIERS = ("bar.sync", "barrier.sync", "barrier.cluster.wait")
 """Of a block's warps, and of a cluster's."""
 
 SASS_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)(\S.*?);"
-SASS_ACCESS = r"\b(LDG|STG|ATOMG|ATOM|RED|REDG)\b"
+SASS_ACCESS = r"\b(LDG|LDGSTS|STG|ATOMG|ATOM|RED|REDG)\b"
 
 
 @dataclass
@@ -110,6 +113,8 @@ def read_ptx(ptx: str, pointers: dict[int, str]) -> tuple[dict[str, list[int]], 
             address = re.search(r"\[\s*(%\w+)", access[4])
             size = int(access[2] or 1) * int(access[3]) // 8
             accesses.append((number, access[1], address[1], size))
+        elif copy := re.match(COPY, text):
+            accesses.append((number, "ld", copy[1], int(copy[2], 16)))
         elif re.match(r"(ld|st|red|atom|cp)\S*\.global", text):
             raise ValueError(f"an access of a kind that is not counted: {text}")
         elif match := re.match(r"ld\.param\S*\s+(%\w+),\s*\[\w+_param_(\d+)", text):

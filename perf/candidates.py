@@ -115,9 +115,11 @@ def _pieces(pieces: Pieces, s: int, itemsize: int, over_batch: bool, **_) -> Ite
             _times(pieces.steps, of_steps),
             num_warps,
             registers(max(num_warps, 1), itemsize),
+            pieces.stages,
         )
 
     for step in STEPS:
+        yield replace(pieces, stages=_times(pieces.stages, step))
         yield of(of_warps=step)
         yield of(of_c=step, of_s=1 / step, of_steps=step)  # as many elements of another form
         yield of(of_s=step, of_steps=1 / step)

@@ -120,6 +120,7 @@ class Lowered:
     fold_steps: float = 1.0  # the same of tiles of partial results
     ahead: int = 0  # steps by which a program's loads are ahead of what it computes
     cooperative: bool = False
+    units: float | None = None  # of a team's launch, as a part of all: those that it works on at once
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
     regions: list[Region] = field(default_factory=lambda: [Region()])
     uneven_sums: int = 0  # of lanes, see assembly.py
@@ -164,7 +165,7 @@ class Lowered:
         """Of activations, an SM: a block's part of each tile that is read, in every block that it
         holds."""
         read = sum(name in self.widths for name in INPUTS)
-        return self.resident * read * self.tile_bytes // self.num_ctas
+        return self.resident * read * max(self.ahead, 1) * self.tile_bytes // self.num_ctas
 
     def loops_over(self, name: str) -> list[int]:
         """The regions that are loops over the tiles of an activation. What a loop around such a loop
@@ -243,7 +244,7 @@ class Lowered:
         """Bytes of each access to the tiles of a tensor."""
         widths = self.widths.get(tensor, [])
         if self.kernel in FIRST_ELEMENTS and tensor == "x":
-            wide = self.tile_bytes // (self.threads * WIDE)
+            wide = self.tile_bytes // (self.threads * WIDE) * (1 + self.ahead)
             widths = sorted(widths, reverse=True)[: max(wide, 1)]
         return widths
 
@@ -368,8 +369,9 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         fold_steps=_fold_steps(
             arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
         ),
-        ahead=arguments.get("AHEAD", 0),
+        ahead=arguments.get("AHEAD", arguments.get("STAGES", 1) - 1),
         cooperative=arguments.get("launch_cooperative_grid", False),
+        units=programs / arguments["WIDTH"] / arguments["UNITS"] if "UNITS" in arguments else None,
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,
         uneven_sums=assembly.uneven_sums(compiled.asm["ptx"]),

@@ -149,12 +149,12 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
     bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
     launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
-    slots = k.resident * device.processors
+    at_once = min(k.resident * device.processors / k.blocks, 1) if k.units is None else k.units
     moved = read = 0.0
     for name, size in k.tensor_bytes.items():
         if name in k.sweeps:
             times = k.sweeps[name]
-            if times > 1 and size * min(slots / k.blocks, 1) <= share:
+            if times > 1 and size * at_once <= share:
                 times = 1.0
             if held and name in INPUTS:
                 times = 0.0

@@ -163,6 +163,13 @@ def _permute(a, b, selector):
     return result
 
 
+def _funnel(low, high, amount):
+    """The upper half of two words side by side, shifted to the left."""
+    pair = high.astype(np.uint64) << np.uint64(32) | low
+    shifted = pair << (amount & np.uint32(31)).astype(np.uint64)
+    return (shifted >> np.uint64(32)).astype(np.uint32)
+
+
 def _shift(function):
     """By so many bits, or by all that there are."""
     return lambda a, amount: function(a, np.minimum(amount, 8 * a.dtype.itemsize).astype(a.dtype))
@@ -195,13 +202,14 @@ FUNCTIONS = {
     "not": np.invert,
     "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift),
+    "shf.l": _funnel,
     "bfe": _bit_field,
     "prmt": _permute,
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
 }
 """What instructions compute, by the first two words of their opcode or by the first."""
 
-WORDS = {"rn", "approx", "full", "ftz", "lo", "wide"}
+WORDS = {"rn", "approx", "full", "ftz", "lo", "wide", "wrap", "l"}
 """What may stand between an instruction's name and its type; "hi" in a multiplication alone."""
 
 TYPES = re.compile(r"pred|[bsu](8|16|32|64)|f(16|32|64)|f16x2|f32x2")

@@ -3,10 +3,12 @@
 The threads of some blocks go in step; a register is a NumPy array with an element for each. What a GPU
 would refuse, or might not do the same twice, is a PtxError: an access outside of the memory that was
 given; accesses of two warps to the same shared memory with no barrier between, or two values for one
-place; an arrival with no barrier after what other warps stored; threads that wait for each other.
+place; an access to shared memory that a copy is on its way to; an arrival with no barrier after what
+other warps stored; threads that wait for each other.
 """
 
 import ctypes
+from dataclasses import dataclass, fields
 
 import numpy as np
 from ptx import UNSIGNED, Entry, PtxError
@@ -19,6 +21,9 @@ zero, for the thread's own block."""
 
 UNDEFINED = np.array(-1)
 """All bits of a register that was not written: NaN of any type."""
+
+COPIED_WORD = 4
+"""Bytes that copies to shared memory are made of."""
 
 MOST_IDLE = 1000
 """How often all threads may wait, one after the other, with nothing written between."""
@@ -70,6 +75,7 @@ class Shared:
         self.size = size
         self.bytes = np.full(blocks * size, 0xFF, np.uint8)  # NaN in every type
         self.writer, self.reader = (np.full((blocks, size), -1) for _ in range(2))
+        self.awaited = np.zeros(blocks * size, bool)  # what a copy is on its way to
 
     def barrier(self, blocks):
         self.writer[blocks] = self.reader[blocks] = -1
@@ -78,6 +84,7 @@ class Shared:
         """Words at places `[count]`, counted in bytes over all blocks, for a warp each."""
         places, warps = self._bytes(places, size, warps)
         writer, reader = self.writer.reshape(-1), self.reader.reshape(-1)
+        self._check_awaited(places)
         if ((writer[places] != -1) & (writer[places] != warps)).any():
             raise PtxError("a warp reads shared memory that another wrote before a barrier")
         before = reader[places]
@@ -86,11 +93,33 @@ class Shared:
         return self.bytes[places].view(UNSIGNED[8 * size])[:, 0]
 
     def store(self, places, size: int, values, warps):
+        places, warps = self._to_be_written(places, size, warps)
+        self._write(places, values, warps)
+
+    def expect(self, places, size: int, warps):
+        """A copy to these places has begun: it may write them at any time until it has `arrived`."""
+        places, _ = self._to_be_written(places, size, warps)
+        self.awaited[places] = True
+
+    def arrived(self, places, size: int, values, warps):
         places, warps = self._bytes(places, size, warps)
-        writer, reader = self.writer.reshape(-1), self.reader.reshape(-1)
-        for accessed in (writer[places], reader[places]):
+        self.awaited[places] = False
+        self._write(places, values, warps)
+
+    def _check_awaited(self, places):
+        if self.awaited[places].any():
+            raise PtxError("shared memory is accessed that a copy is on its way to")
+
+    def _to_be_written(self, places, size, warps):
+        places, warps = self._bytes(places, size, warps)
+        self._check_awaited(places)
+        for accessed in (self.writer.reshape(-1)[places], self.reader.reshape(-1)[places]):
             if ((accessed != -1) & (accessed != warps)).any():
                 raise PtxError("a warp writes shared memory that another accessed before a barrier")
+        return places, warps
+
+    def _write(self, places, values, warps):
+        writer = self.writer.reshape(-1)
         stored = np.ascontiguousarray(values)[:, None].view(np.uint8)
         self.bytes[places], writer[places] = stored, warps
         if (self.bytes[places] != stored).any():
@@ -101,6 +130,20 @@ class Shared:
     def _bytes(places, size, warps):
         places = places[:, None] + np.arange(size)
         return places, np.broadcast_to(warps[:, None], places.shape)
+
+
+@dataclass
+class Copy:
+    """A word that each of some threads copies to shared memory, or zero where it is not `present`."""
+
+    threads: np.ndarray
+    groups: np.ndarray  # of each thread's copies, from 0 on
+    places: np.ndarray
+    addresses: np.ndarray
+    present: np.ndarray
+
+    def of(self, some) -> "Copy":
+        return Copy(*(getattr(self, field.name)[some] for field in fields(self)))
 
 
 class Blocks:
@@ -126,6 +169,8 @@ class Blocks:
         self.counters = np.zeros(self.threads, np.int64)
         self.live = np.ones(self.threads, bool)
         self.waiting = np.zeros(self.threads, bool)
+        self.copies: list[Copy] = []
+        self.groups = np.zeros(self.threads, np.int64)  # of copies that a thread has closed
         self.stored = np.zeros(self.threads, bool)  # to global memory, since the block's last barrier
         self.active, self.everyone, self.next = self.live, True, 0
         self.idle = 0  # how often all waited, since something was last written
@@ -187,6 +232,25 @@ class Blocks:
             if not self.active.any():
                 self.next = None
         return whole
+
+    def copy(self, active, places, addresses, present):
+        """Words begin to be copied to shared memory, one for each of the threads."""
+        threads = np.flatnonzero(active)
+        self.shared.expect(places, COPIED_WORD, self.warp[threads])
+        self.copies.append(Copy(threads, self.groups[threads], places, addresses, present))
+
+    def wait_for_copies(self, but: int):
+        """The copies of active threads end, but for those of so many groups that were closed last."""
+        waiting = []
+        for copy in self.copies:
+            ends = self.active[copy.threads] & (copy.groups < self.groups[copy.threads] - but)
+            done = copy.of(ends)
+            values = np.zeros(len(done.threads), UNSIGNED[8 * COPIED_WORD])
+            values[done.present] = self.memory.load(done.addresses[done.present], COPIED_WORD)
+            self.shared.arrived(done.places, COPIED_WORD, values, self.warp[done.threads])
+            if not ends.all():
+                waiting.append(copy.of(~ends))
+        self.copies = waiting
 
     def shared_places(self, addresses, size: int, active):
         """Where words are in the shared memory of all blocks."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 from ptx import UNSIGNED, PtxError, bits_of, number, numpy_type, operation
-from ptx_machine import CLUSTER_SHIFT, WARP, Blocks
+from ptx_machine import CLUSTER_SHIFT, COPIED_WORD, WARP, Blocks
 
 SPECIAL = {"%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y", "%cluster_ctarank"}
 
@@ -177,6 +177,38 @@ def _arrive(instruction, entry):
     return step
 
 
+def _copy(instruction, entry):
+    """cp.async: bytes from global to shared memory; those beyond a number of them are zero."""
+    to, source, size, *present = instruction.operands
+    size = int(size, 0)
+    locate, _ = _access(["cp", "shared"], to, size, 1, _guarded(instruction))
+    locate_source, _ = _access(["cp", "global"], source, size, 1, _guarded(instruction))
+    read_present = _reader(present[0] if present else str(size), "b32")
+
+    def step(blocks):
+        active, (places,) = locate(blocks)
+        _, (addresses,) = locate_source(blocks)
+        present = np.broadcast_to(read_present(blocks), blocks.threads)[active]
+        if (present % COPIED_WORD).any():
+            raise PtxError("a copy of parts of words")
+        for at in range(0, size, COPIED_WORD):
+            blocks.copy(active, places + at, addresses + np.uint64(at), present > at)
+
+    return step
+
+
+def _close_copies(instruction, entry):
+    def step(blocks):
+        blocks.groups += blocks.active
+
+    return step
+
+
+def _wait_for_copies(instruction, entry):
+    but = int(instruction.operands[0])
+    return lambda blocks: blocks.wait_for_copies(but)
+
+
 def _matrices(instruction, entry):
     """ldmatrix and stmatrix: matrices of 8 x 8 elements of 16 bits. Thread i gives the address of row
     i % 8 of matrix i // 8, and holds of every matrix two elements of row i // 4, from 2 * (i % 4) on."""
@@ -306,6 +338,10 @@ STEPS = {
     "bar.sync": _barrier,
     "barrier.cluster": _barrier,
     "bar.warp": _nothing,
+    "cp.async.ca.shared.global": _copy,
+    "cp.async.cg.shared.global": _copy,
+    "cp.async.commit_group": _close_copies,
+    "cp.async.wait_group": _wait_for_copies,
     "ld.param": _load_parameter,
     "ld": _load,
     "st": _store,
@@ -319,7 +355,7 @@ STEPS = {
 """What an instruction does beside computing, by the longest beginning of its opcode."""
 
 
-MAY_BE_GUARDED = {_branch, _load, _store, _arrive, _compute}
+MAY_BE_GUARDED = {_branch, _load, _store, _arrive, _copy, _compute}
 
 
 def _maker(instruction):

@@ -21,7 +21,7 @@ def test_every_choice_has_neighbours():
 @pytest.mark.parametrize("itemsize", [2, 8])
 def test_neighbours_are_legal_and_others(itemsize):
     shared = {"itemsize": itemsize, "adjacent": "c"}
-    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True, "finer": False}
+    batch = {"n": 8, "c": 320, "s": 4096, **shared, "over_batch": True, "finer": False, "cg": 1}
     for name, arguments in (
         *((name, ROWS | {"itemsize": itemsize}) for name in ("row_forward", "row_backward")),
         ("row_forward", ROWS | {"itemsize": itemsize, "n": 32768, "strided": True}),
@@ -101,11 +101,12 @@ def test_neighbours_of_sets():
     assert None in found
     assert channels.GroupTile(2, 32, 256, 16, None) in found
     assert {answer.groups for answer in found if answer} == {1, 2}
-    pieces = channels.Pieces(64, 16, 1, 8, 4, None)
+    pieces = channels.Pieces(64, 16, 1, 8, 4, None, stages=4)
     arguments = {"n": 1, "c": 320, "s": 256, "itemsize": 2, "adjacent": "c", "over_batch": False}
-    arguments |= {"finer": False}
+    arguments |= {"finer": False, "cg": 10}
     found = candidates.neighbours("channel_forward", arguments, pieces)
-    assert channels.Pieces(32, 32, 1, 4, 4, None) in found
+    assert channels.Pieces(32, 32, 1, 4, 4, None, stages=4) in found
+    assert {answer.stages for answer in found} == {2, 4, 8}
     assert all(answer.images == 1 for answer in found)
     over_batch = arguments | {"n": 4, "over_batch": True}
     assert 2 in {p.images for p in candidates.neighbours("channel_forward", over_batch, pieces)}

@@ -41,6 +41,7 @@ COPY = f"{ADDRESS} ld.global.b32 %r1, [%rd0]; st.global.b32 [%rd1], %r1;"
         ("rem.s32", (np.int32(-7), np.int32(2)), np.int32(-1)),
         ("shl.b32", (np.uint32(3), np.uint32(32)), np.uint32(0)),
         ("shr.s32", (np.int32(-8), np.uint32(1)), np.int32(-4)),
+        ("shf.l.wrap.b32", (np.uint32(0x80000001), np.uint32(2), np.uint32(1)), np.uint32(5)),
         ("shr.u32", (np.uint32(0x80000000), np.uint32(31)), np.uint32(1)),
         ("bfe.u32", (np.uint32(0b110100), np.uint32(2), np.uint32(3)), np.uint32(0b101)),
         ("bfe.s32", (np.int32(0b100), np.uint32(2), np.uint32(1)), np.int32(-1)),
@@ -198,6 +199,48 @@ def test_two_values_for_one_place():
     run("mov.b32 %r1, 5; st.shared.b32 [global_smem], %r1;", x)
     with pytest.raises(PtxError, match="two values"):
         run("st.shared.b32 [global_smem], %r0;", x)
+
+
+ASYNC = f"{ADDRESS} {OWN} {OTHER} cp.async.ca.shared.global [%r1+0], [%rd0+0], 0x4, %r5;"
+CLOSE, WAIT = "cp.async.commit_group;", "cp.async.wait_group 0;"
+READ = "ld.shared.b32 %r4, [%r2]; st.global.b32 [%rd1], %r4;"
+
+
+def test_copies_to_shared_memory():
+    """What another warp copied is there after its wait and a barrier; zeros where nothing was to be
+    copied."""
+    x, y = torch.randn(64), torch.zeros(64)
+    run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {WAIT} bar.sync 0; {READ}", x, y)
+    assert torch.equal(x.flip(0), y)
+    run(f"mov.b32 %r5, 0; {ASYNC} {CLOSE} {WAIT} bar.sync 0; {READ}", x, y)
+    assert not y.any()
+    run(f"mov.b32 %r5, 0; {ASYNC}", x[:0], y)  # from an address with nothing behind it
+
+
+@pytest.mark.parametrize(
+    ("between", "error"),
+    [
+        (f"{CLOSE} bar.sync 0;", "a copy is on its way"),  # nobody waits
+        (f"{WAIT} bar.sync 0;", "a copy is on its way"),  # for a group that is not closed
+        (f"{CLOSE} cp.async.wait_group 1; bar.sync 0;", "a copy is on its way"),  # for older ones alone
+        (f"{CLOSE} {WAIT}", "another wrote before a barrier"),
+    ],
+)
+def test_copies_to_wait_for(between, error):
+    x, y = torch.randn(64), torch.zeros(64)
+    with pytest.raises(PtxError, match=error):
+        run(f"mov.b32 %r5, 4; {ASYNC} {between} {READ}", x, y)
+
+
+def test_copies_over_what_is_read():
+    """A copy may write as soon as it begins: not before all have read what was there."""
+    x, y = torch.randn(64), torch.zeros(64)
+    read = f"mov.b32 %r5, 4; {OTHER} ld.shared.b32 %r4, [%r2];"
+    run(f"{read} bar.sync 0; {ASYNC} {CLOSE} {WAIT}", x, y)
+    with pytest.raises(PtxError, match="another accessed before a barrier"):
+        run(f"{read} {ASYNC} {CLOSE} {WAIT}", x, y)
+    with pytest.raises(PtxError, match="parts of words"):
+        run(f"mov.b32 %r5, 2; {ASYNC}", x, y)
 
 
 def test_outside_of_shared_memory():

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 WALKS = {"n": 96, "itemsize": 4, "strided": False}
 ROWS = WALKS | {"cluster": 1}
 PIECES = {"n": 1, "c": 64, "s": 100, "itemsize": 2, "adjacent": "s", "over_batch": False}
-PIECES |= {"finer": True}
+PIECES |= {"finer": True, "cg": 2}
 GROUPS = {"cg": 2, "groups": 32, "s": 64, "itemsize": 2, "adjacent": "c"}
 SETS = {"backward": True, "magnitude": 12, "itemsize": 2, "adjacent": None, "over_batch": True}
 
@@ -50,7 +50,8 @@ LEGAL = [
     entry(
         "channel_forward",
         PIECES,
-        {"block_c": 4, "block_s": 64, "images": 1, "steps": 2, "num_warps": 2, "registers": 128},
+        {"block_c": 4, "block_s": 64, "images": 1, "steps": 2, "num_warps": 2, "registers": 128}
+        | {"stages": 3},
     ),
     entry("prefer_teams", SETS, True),
 ]
@@ -74,7 +75,7 @@ def test_entries_are_answers_of_their_heuristics():
         256,
         None,
         channels.GroupTile(16, 32, 64, 8, None),
-        channels.Pieces(4, 64, 1, 2, 2, 128),
+        channels.Pieces(4, 64, 1, 2, 2, 128, stages=3),
         True,
     ]
     choices = Choices(read(*LEGAL))
@@ -105,6 +106,7 @@ def test_what_the_heuristics_answer_could_be_an_entry():
                 in_pieces = {"n": 1, "c": c, "s": s, "itemsize": 2, "adjacent": adjacent}
                 for over_batch, n in ((False, 1), (True, 9)):
                     in_pieces |= {"n": n, "over_batch": over_batch, "finer": adjacent == "s"}
+                    in_pieces["cg"] = 1 if over_batch else c // groups
                     for heuristic, arguments in (
                         (channels.group_forward, of_groups),
                         (channels.group_backward, of_groups),
@@ -152,6 +154,7 @@ GROUP = {"groups": 16, "block_c": 32, "block_s": 64, "num_warps": 4, "registers"
         (entry("channel_forward", PIECES | {"n": 8}, PIECE), "n and images are 1"),
         (entry("channel_forward", PIECES, PIECE | {"images": 2}), "n and images are 1"),
         (entry("channel_forward", PIECES, PIECE | {"steps": 3}), "64 channels of 100 elements"),
+        (entry("channel_forward", PIECES, PIECE | {"stages": 9}), "1 to 8 steps are under way"),
         (entry("channel_forward", PIECES | {"adjacent": "n"}, PIECE), "adjacent cannot be 'n'"),
         (entry("prefer_teams", SETS, 1), "1 is no bool"),
         ({"choice": "row_forward", "arguments": ROWS}, "KeyError: 'value'"),
@@ -319,7 +322,7 @@ DECIDED = [
         BATCH,
         entry(
             "channel_forward",
-            PIECES | {"n": 4, "c": 32, "s": 600, "over_batch": True},
+            PIECES | {"n": 4, "c": 32, "s": 600, "over_batch": True, "cg": 1},
             {"block_c": 2, "block_s": 256, "images": 2, "steps": 3, "num_warps": 2, "registers": None},
         ),
         [

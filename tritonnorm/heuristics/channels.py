@@ -69,11 +69,18 @@ CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
 PIECE_WARPS = 4
 """Elements a thread, and warps, of a step through a piece: 40 to 96 registers."""
 
-LINE_MOMENTS_REGISTERS = 72
-"""Registers a thread, at most, of the moments of 16-bit tensors whose tiles are of one channel. Left
-alone the assembler takes 93 for what comes after the loop, and fewer blocks then read at the same time;
-the loop is longer by 7% for it (bfloat16 on sm_90). With 8 fewer they spill on sm_100, as float32 does
-with as many, and as tiles of more channels do with 80."""
+PIECE_STAGES = 4
+"""Steps through a piece, at most, that are under way at the same time, three of them on their way to
+shared memory. By the model four are 0.96 to 1.00 of the time of three, and teams 0.82 to 0.97 (A100 to
+B200; unmeasured). No result depends on it."""
+
+LINE_PADDING = 0.15
+"""Padding, at most, of the tiles of an image's contiguous lines, before they become narrower and of more
+channels (unmeasured)."""
+
+MOMENTS_REGISTERS = {2: 64, 4: 88}
+"""Registers a thread, at most, of moments, by bytes an element: they spill none with them. Left alone
+the assembler takes up to 82 and 105, and fewer blocks then read at the same time."""
 
 PIECE_LINE_BYTES = 128
 """Bytes side by side that a piece takes of channels_last: a cache line (unmeasured)."""
@@ -97,7 +104,7 @@ FEWEST_IMAGES, MOST_COLUMNS, COLUMN_MOMENTS = 16, 512, 12
 partial moments of each. By the model 7x7 to 17x17 gain, and from 27x27 on they do on a B200 alone
 (perf/NOTES.md; unmeasured)."""
 
-BATCH_PIECE_BYTES, BATCH_PIECES = 32768, 65536
+TEAM_PIECE_BYTES, BATCH_PIECES = 32768, 65536
 """Bytes of a piece of x, or of x and dy, that 512 programs of teams hold in a third of an H100's L2; and
 the most pieces that a batch is cut into for it, where channels lie apart: their moments take 0.8 MB
 (unmeasured)."""
@@ -128,7 +135,7 @@ class GroupTile:
 @dataclass(frozen=True)
 class Pieces:
     """How the channel view is cut into pieces: a program takes the `block_c` channels of `images` images
-    at `steps` * `block_s` positions, a step at a time."""
+    at `steps` * `block_s` positions, a step at a time, of which `stages` are under way at once."""
 
     block_c: int
     block_s: int
@@ -136,6 +143,7 @@ class Pieces:
     steps: int
     num_warps: int
     registers: int | None
+    stages: int = 1
 
     def count(self, n: int, s: int) -> int:
         """Pieces of a block of channels."""
@@ -234,12 +242,30 @@ def group_backward(
     )
 
 
-def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, finer, *, a_thread, bytes_once) -> Pieces:
+def _line_width(s: int, bytes_once: int, elements: int, most_channels: int) -> int:
+    """Positions of a tile of contiguous lines of s, of which it has `most_channels` at most: as many as
+    fill it, but fewer where much of it would be padding, or a piece of whole lines too small."""
+    width = min(power_of_two(s), elements)
+
+    def narrower() -> bool:
+        channels, padding = elements // width, ceil(s / width) * width - s
+        more = 2 * channels <= most_channels and 2 * channels * s * bytes_once <= TEAM_PIECE_BYTES
+        return more and (channels * s < PIECE_ELEMENTS or padding > LINE_PADDING * s)
+
+    while narrower():
+        width //= 2
+    return width
+
+
+def _channel_pieces(
+    n, c, s, itemsize, adjacent, over_batch, finer, cg, *, a_thread, bytes_once
+) -> Pieces:
     if not whole_words(s if adjacent == "s" else c, itemsize):
         a_thread = max(a_thread // 2, 1)
     elements = PIECE_WARPS * WARP * a_thread
     if adjacent == "s":
-        block_s = min(power_of_two(s), elements)
+        # Of a group's channels a power of two that divides them, lest a team would need several groups.
+        block_s = _line_width(s, bytes_once, elements, 1 if over_batch else cg & -cg)
         block_c = min(power_of_two(c), elements // block_s)
     else:
         filling = elements // power_of_two(s)  # channels, where positions are too few for a tile
@@ -247,7 +273,7 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, finer, *, a_thread,
         block_s = min(power_of_two(s), elements // block_c)
     smallest = PIECE_ELEMENTS // block_c  # positions, over all images of the piece
     if over_batch:
-        blocks, small = ceil(c / block_c), BATCH_PIECE_BYTES // (block_c * bytes_once)
+        blocks, small = ceil(c / block_c), TEAM_PIECE_BYTES // (block_c * bytes_once)
         programs = BATCH_PROGRAMS
         if finer:
             programs = max(programs, min(n * s // small * blocks, BATCH_PIECES))
@@ -258,7 +284,8 @@ def _channel_pieces(n, c, s, itemsize, adjacent, over_batch, finer, *, a_thread,
         images, parts = 1, max(min(s // smallest, most), 1)
     steps = ceil(s / parts / block_s)
     warps = warps_of(block_c * block_s, a_thread)
-    return Pieces(block_c, block_s, images, steps, warps, registers(warps, itemsize))
+    stages = min(images * steps, PIECE_STAGES)
+    return Pieces(block_c, block_s, images, steps, warps, registers(warps, itemsize), stages)
 
 
 def channel_forward(
@@ -269,10 +296,11 @@ def channel_forward(
     adjacent: str | None,
     over_batch: bool,
     finer: bool = False,
+    cg: int = 1,
 ) -> Pieces:
     """The pieces of the forward pass over images of c channels and s positions. n are the images that
     share statistics: 1 for those of groups, whose pieces do not depend on the others. Those of a batch
-    are at most BATCH_PROGRAMS; or `finer`, as teams need them."""
+    are at most BATCH_PROGRAMS; or `finer`, as teams need them. Groups have cg channels."""
     return _channel_pieces(
         n,
         c,
@@ -281,6 +309,7 @@ def channel_forward(
         adjacent,
         over_batch,
         finer,
+        cg,
         a_thread=CHANNEL_FORWARD_ELEMENTS[itemsize],
         bytes_once=itemsize,
     )
@@ -294,6 +323,7 @@ def channel_backward(
     adjacent: str | None,
     over_batch: bool,
     finer: bool = False,
+    cg: int = 1,
 ) -> Pieces:
     """The same for the backward pass, which reads two tensors."""
     return _channel_pieces(
@@ -304,6 +334,7 @@ def channel_backward(
         adjacent,
         over_batch,
         finer,
+        cg,
         a_thread=CHANNEL_BACKWARD_ELEMENTS[itemsize],
         bytes_once=2 * itemsize,
     )
@@ -325,7 +356,7 @@ def prefer_columns(n: int, c: int, s: int, itemsize: int) -> bool:
 
 def moments_registers(pieces: Pieces, itemsize: int) -> int | None:
     """Registers a thread, at most, of the moments of pieces; None to leave it to the assembler."""
-    return LINE_MOMENTS_REGISTERS if itemsize == 2 and pieces.block_c == 1 else pieces.registers
+    return MOMENTS_REGISTERS.get(itemsize, pieces.registers)
 
 
 def fold_sets(pieces: int, channels: int, one_set: bool) -> RowTile:

@@ -32,6 +32,7 @@ from .teams import prefer_row_teams, prefer_teams
 FOLDER = "tuned"
 
 LARGEST_TILE = 2**20  # elements: Triton's largest tensor
+MOST_STAGES = 8  # more would wait for longer than any memory takes
 MOST_PROGRAMS = 65535
 """The largest second dimension of a CUDA grid, along which programs walk through rows."""
 
@@ -141,6 +142,8 @@ def _pieces_flaw(
     positions = pieces.steps * pieces.block_s
     if adjacent == "s" and positions < s and positions % min(s & -s, LARGEST_ALIGNMENT):
         return "a piece ends where an access does"
+    if not 1 <= pieces.stages <= MOST_STAGES:
+        return f"1 to {MOST_STAGES} steps are under way at once"
     sizes, elements = (pieces.block_c, pieces.block_s), pieces.block_c * pieces.block_s
     return _tile_flaw(elements, pieces.num_warps, *sizes) or _registers_flaw(
         pieces.num_warps, pieces.registers

@@ -81,7 +81,7 @@ def _choose(sets: Sets, heuristic, itemsize) -> heuristics.channels.Pieces:
     n = view.n if sets.over_batch else 1
     finer = view.adjacent == "s"  # across channels_last a unit is too large for teams, however cut
     sizes = n, view.c, view.s
-    return sets.choices(heuristic, *sizes, itemsize, view.adjacent, sets.over_batch, finer)
+    return sets.choices(heuristic, *sizes, itemsize, view.adjacent, sets.over_batch, finer, sets.cg)
 
 
 def in_pieces(pieces: heuristics.channels.Pieces):
@@ -91,6 +91,7 @@ def in_pieces(pieces: heuristics.channels.Pieces):
         STEPS=pieces.steps,
         BLOCK_C=pieces.block_c,
         BLOCK_S=pieces.block_s,
+        STAGES=pieces.stages,
         num_warps=pieces.num_warps,
         maxnreg=pieces.registers,
     )
