@@ -183,7 +183,7 @@ def load_weight(weight_ptr, channels, present, dtype: tl.constexpr):
 @triton.jit
 def set_numbers(image, channels, CG, SETS):
     """The set of each channel of an image, `[BLOCK_C]`. SETS is 0 where images share theirs."""
-    return image.to(tl.int64) * SETS + channels // CG
+    return tl.full((), image, tl.int64) * SETS + channels // CG
 
 
 @triton.jit

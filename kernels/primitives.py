@@ -11,12 +11,6 @@ def compute_dtype(dtype):
 
 
 @triton.constexpr_function
-def carried(dtype):
-    """The dtype in which a loop carries elements of `dtype` as they are stored."""
-    return tl.uint16 if dtype.primitive_bitwidth == 16 else dtype
-
-
-@triton.constexpr_function
 def bytes_of(dtype, count):
     """The bytes of `count` elements of `dtype`."""
     return dtype.primitive_bitwidth // 8 * count
@@ -103,14 +97,6 @@ def widened(x):
 def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
     """A tile `[ROWS, BLOCK_N]` in the compute dtype; zero in the padding lanes."""
     return widened(tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0))
-
-
-@triton.jit
-def load_bits(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
-    """A tile `[ROWS, BLOCK_N]` as it is stored; zero in the padding lanes. Elements of 16 bits are
-    integers, of which a loop carries pairs: floats it takes apart, for an instruction each."""
-    x = tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0)
-    return x.to(carried(x.dtype), bitcast=True)
 
 
 @triton.jit

@@ -4,7 +4,6 @@ NORM is "layer" (mean and variance), "rms" (mean of squares) or "l2" (Euclidean 
 A row is resident (held in registers, one read) or looped over (a second read).
 """
 
-import triton
 import triton.language as tl
 
 from .names import kernel
@@ -18,7 +17,6 @@ from .primitives import (
     divide,
     gradient_means,
     input_gradient,
-    load_bits,
     load_parameter,
     load_statistics,
     load_tile,
@@ -32,7 +30,6 @@ from .primitives import (
     store_tile,
     summed_products,
     tile_mask,
-    widened,
     word,
 )
 
@@ -210,29 +207,6 @@ def row_gradient_means(
     tl.store(c2_ptr + rows, c2, rows < M)
 
 
-@triton.jit
-def load_rows(
-    inputs,
-    rows,
-    lanes,
-    strides,
-    sizes,
-    N: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """What the backward pass reads of some rows: tiles of dy and of x side by side, statistics."""
-    dy_ptr, x_ptr, mean_ptr, spread_ptr = inputs
-    dys = ()
-    xs = ()
-    for i in tl.static_range(CHUNKS):
-        cols = i * lanes.shape[0] + lanes
-        mask = tile_mask(rows, cols, sizes[0], sizes[2], N)
-        dys += (load_bits(dy_ptr, rows, cols, mask, strides[0], sizes, ALIGN),)
-        xs += (load_bits(x_ptr, rows, cols, mask, strides[1], sizes, ALIGN),)
-    return dys, xs, load_statistics(mean_ptr, spread_ptr, rows, sizes[0])
-
-
 @kernel(do_not_specialize=["M"])
 def row_backward(
     dy_ptr,  # [M, N]
@@ -260,7 +234,7 @@ def row_backward(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """dx of all rows, and a partial dweight and dbias of the rows that one program walks through."""
@@ -282,18 +256,9 @@ def row_backward(
         dbiases += (tl.zeros([ROWS, BLOCK_N], dtype),)
 
     walk = tl.num_programs(1) * ROWS
-    inputs = (dy_ptr, x_ptr, mean_ptr, spread_ptr)
-    strides = (dy_strides, x_strides)
-    if AHEAD:
-        rows = program * ROWS + tl.arange(0, ROWS)
-        loaded = load_rows(inputs, rows, lanes, strides, sizes, N, CHUNKS, ALIGN)
-    for start in range(program * ROWS, M, walk):
+    for start in tl.range(program * ROWS, M, walk, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
-        if not AHEAD:
-            loaded = load_rows(inputs, rows, lanes, strides, sizes, N, CHUNKS, ALIGN)
-        dy_bits, x_bits, statistics = loaded
-        if AHEAD:
-            loaded = load_rows(inputs, rows + walk, lanes, strides, sizes, N, CHUNKS, ALIGN)
+        statistics = load_statistics(mean_ptr, spread_ptr, rows, M)
         spread = statistics[0]
         rstd = scale(spread, eps, NORM)
         masks = ()
@@ -302,8 +267,8 @@ def row_backward(
         for i in tl.static_range(CHUNKS):
             cols = i * BLOCK_N + lanes
             masks += (tile_mask(rows, cols, M, R2, N),)
-            dys += (widened(dy_bits[i].to(dy_ptr.dtype.element_ty, bitcast=True)),)
-            x = widened(x_bits[i].to(x_ptr.dtype.element_ty, bitcast=True))
+            dys += (load_tile(dy_ptr, rows, cols, masks[i], dy_strides, sizes, ALIGN),)
+            x = load_tile(x_ptr, rows, cols, masks[i], x_strides, sizes, ALIGN)
             x_hats += (
                 saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, masks[i], N, OFFSET, SAVED),
             )

@@ -8,7 +8,12 @@ from math import ceil, prod
 from tritonnorm.heuristics import table
 from tritonnorm.heuristics.channels import GroupTile, Pieces
 from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two, registers
-from tritonnorm.heuristics.rows import BACKWARD_CHUNKS, CHUNK_REGISTERS, FORWARD_CHUNKS
+from tritonnorm.heuristics.rows import (
+    BACKWARD_CHUNKS,
+    BACKWARD_STAGES,
+    CHUNK_REGISTERS,
+    FORWARD_CHUNKS,
+)
 
 STEPS = (0.5, 2)
 """The numbers that are varied are powers of two, and their neighbours half and twice of them; no
@@ -53,7 +58,8 @@ def _row_tiles(
 
 def _row_backward_tiles(tile: RowTile, **arguments) -> Iterator[RowTile]:
     yield from _row_tiles(tile, chunks=BACKWARD_CHUNKS, **arguments)
-    yield replace(tile, ahead=1 - tile.ahead)
+    for stages in (1, BACKWARD_STAGES):
+        yield replace(tile, stages=stages)
 
 
 def _clusters(tile: RowTile) -> Iterator[RowTile]:

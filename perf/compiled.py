@@ -369,7 +369,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         fold_steps=_fold_steps(
             arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
         ),
-        ahead=arguments.get("AHEAD", arguments.get("STAGES", 1) - 1),
+        ahead=arguments.get("STAGES", 1) - 1,
         cooperative=arguments.get("launch_cooperative_grid", False),
         units=programs / arguments["WIDTH"] / arguments["UNITS"] if "UNITS" in arguments else None,
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},

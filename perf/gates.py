@@ -19,6 +19,9 @@ REGISTERS = {"forward": 96, "backward": 128}
 IN_FLIGHT = {"sm_80": 24 * KB, "sm_90": 32 * KB, "sm_100": 64 * KB}
 """Bytes in flight an SM, at least: bandwidth times latency under load."""
 
+BLOCK_SHARED = 99 * KB
+"""Shared memory of a block, at most: what GPUs of sm_86, sm_89 and sm_120 have, others more."""
+
 ISSUE_SHARE = 0.6
 """Part of the issue budget of a byte that instructions may take: they do not come evenly."""
 
@@ -65,6 +68,12 @@ def divisions(k: Lowered) -> str | None:
     return f"{found} integer divisions in a loop over elements" if found else None
 
 
+def shared_memory(k: Lowered) -> str | None:
+    if k.shared <= BLOCK_SHARED:
+        return None
+    return f"{k.shared} bytes a block, more than {BLOCK_SHARED}"
+
+
 def uneven_sums(k: Lowered) -> str | None:
     """Lanes with sums of their own, of which shared memory may take either: not the same bits again."""
     return f"{k.uneven_sums} sums that differ between lanes" if k.uneven_sums else None
@@ -103,6 +112,7 @@ OF_KERNELS = (
     Gate("5 bytes in flight", False, in_flight),
     Gate("7 divisions", True, divisions),
     Gate("10 uneven sums", True, uneven_sums),
+    Gate("11 shared memory", True, shared_memory),
 )
 """Gates that any compiled kernel can be held to."""
 
@@ -154,10 +164,15 @@ def _column_parameters(k: Lowered) -> bool:
     return k.kernel in kernels and k.layout == "contiguous" and k.stack <= 24
 
 
+def _three_tiles_ahead(k: Lowered) -> bool:
+    return k.kernel == "row_backward" and k.ahead > 0 and k.tile[1] % 3 == 0
+
+
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
 COLUMN_PARAMETERS = "addresses, before the loop: with 112 registers an SM holds four blocks, not six"
 FIVE_TILES = "5 tiles a row: with more than 128 registers one block is on an SM, not two"
 THREE_TILES = "3 tiles a row: with more than 128 registers one block is on an SM, not two"
+TILES_AHEAD = "loads ahead keep one block's memory busy; with 128 registers, for two, 3 tiles spill"
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
@@ -175,6 +190,7 @@ EXEMPT = (
     Exemption("1 spills", SPLIT_WARPS, _split_rms, ("fp16",), ("sm_100",), (3, 9)),
     Exemption("1 spills", COLUMN_PARAMETERS, _column_parameters, ("bf16",), ("sm_100",)),
     Exemption("1 spills", FOUR_COLUMNS, _strided_four, ("fp16",), ("sm_100",), (3, 9)),
+    Exemption("4 registers", TILES_AHEAD, _three_tiles_ahead, HALF),
     Exemption("1 spills", FIVE_TILES, _two_registers("row_backward", 5120), ("fp32",), triton=(3, 6)),
     Exemption(
         "1 spills", THREE_TILES, _two_registers("row_backward", 5120), ("bf16",), ("sm_100",), (3, 6)

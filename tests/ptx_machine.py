@@ -22,6 +22,9 @@ zero, for the thread's own block."""
 UNDEFINED = np.array(-1)
 """All bits of a register that was not written: NaN of any type."""
 
+WIDTHS = {"%rd": 8, "%rs": 2, "%r": 4}
+"""Bytes of registers, by the first of these that their names begin with: what is written is widened."""
+
 COPIED_WORD = 4
 """Bytes that copies to shared memory are made of."""
 
@@ -211,8 +214,11 @@ class Blocks:
         """Sets a register, which may be wider, of the threads that are active or of some of them."""
         value = np.broadcast_to(value, self.threads)
         if value.dtype != np.bool_:
-            if name.startswith("%rd") and value.dtype.itemsize < 8:
-                value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64)
+            least = next((size for kind, size in WIDTHS.items() if name.startswith(kind)), 0)
+            if value.dtype.kind == "f":
+                value = value.view(UNSIGNED[8 * value.dtype.itemsize])
+            if value.dtype.itemsize < least:
+                value = value.astype(f"{value.dtype.kind}{least}")
             value = value.view(UNSIGNED[8 * value.dtype.itemsize])
         if active is None and not self.everyone:
             active = self.active

@@ -243,6 +243,13 @@ def test_copies_over_what_is_read():
         run(f"mov.b32 %r5, 2; {ASYNC}", x, y)
 
 
+def test_a_register_is_wider_than_what_is_loaded():
+    y = torch.zeros(64, dtype=torch.int32)
+    body = f"{ADDRESS} st.shared.b8 [%r0], 200; ld.shared.b8 %rs1, [%r0];"
+    run(f"{body} and.b16 %rs2, %rs1, 240; cvt.u32.u16 %r1, %rs2; st.global.b32 [%rd1], %r1;", y, y)
+    assert (y == 192).all()
+
+
 def test_outside_of_shared_memory():
     with pytest.raises(PtxError, match="outside of shared memory"):
         run("st.shared.b32 [global_smem+1024], %r0;", torch.zeros(1))

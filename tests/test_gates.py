@@ -30,6 +30,10 @@ def test_gates_of_kernels():
     assert few.how == "8 KB in flight, less than 32"
     assert not few.fails
     assert of(gates.OF_KERNELS, kernel(uneven_sums=1))["10 uneven sums"].fails
+    large = of(gates.OF_KERNELS, kernel(shared=101377))["11 shared memory"]
+    assert large.fails
+    assert large.how == "101377 bytes a block, more than 101376"
+    assert "11 shared memory" not in of(gates.OF_KERNELS, kernel(shared=101376))
     loop = replace(walking().regions[1], divisions=1)
     assert of(gates.OF_KERNELS, walking(regions=[Region(), loop]))["7 divisions"].fails
     assert of(gates.OF_KERNELS, walking(regions=[Region(divisions=4), Region(parent=0)])) == {}

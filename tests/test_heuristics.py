@@ -44,7 +44,7 @@ def test_passes_from_the_output_hold_what_others_hold(itemsize):
         usual = rows.row_backward(n, itemsize, False)
         tile = rows.from_output(usual, n, itemsize)
         assert (tile.block_n >= n) == (usual.block_n >= n)
-        assert tile.ahead == 0
+        assert tile.stages == 1
         assert tile.chunks == 1 or tile.rows > 1
         assert tile.rows * tile.block_n >= tile.num_warps * common.WARP
 
@@ -158,15 +158,22 @@ def test_programs_that_walk_are_a_power_of_two():
     assert rows.row_partials(2**20, 1024, 2, 0, rows=2) == common.MAX_PARTIALS
 
 
-def test_rows_are_loaded_ahead_where_registers_allow_it():
-    """Rows of 16 bits in one tile and in wide accesses; of no others, as they would spill or leave an SM
-    fewer programs."""
-    for n in (768, 1000, 1024, 4096, 8192):
-        assert rows.row_backward(n, 2, False).ahead == 1
-        assert rows.row_forward(n, 2, False).ahead == rows.row_backward(n, 4, False).ahead == 0
-    for n in (8, 127, 512, 1001, 3072, 5120, 8193, 65536):
-        assert rows.row_backward(n, 2, False, cluster=16).ahead == 0
-    assert rows.row_backward(4096, 2, strided=True).ahead == 0
+def test_rows_are_under_way_ahead_of_the_work():
+    """Rows in one tile and in wide accesses, of 32 bits if they are long; two of those in three tiles,
+    which spill with more. No narrow or strided ones, whose accesses are no copies, nor float64."""
+
+    def stages(n, itemsize, **more):
+        return rows.row_backward(n, itemsize, more.pop("strided", False), **more).stages
+
+    for n in (8, 512, 768, 1000, 1024, 4096, 8192):
+        assert stages(n, 2) == (2 if n == 512 else 3)
+        assert rows.row_forward(n, 2, False).stages == stages(n, 8) == 1
+    assert [stages(n, 4) for n in (1024, 4096, 8192)] == [1, 3, 2]
+    assert [stages(n, 2, cluster=16) for n in (16384, 65536)] == [3, 3]
+    assert [stages(n, 4, cluster=16) for n in (16384, 65536)] == [3, 2]
+    assert [stages(n, 2) for n in (3072, 5120)] == [stages(3072, 4), stages(6144, 4)] == [2, 2]
+    assert [stages(n, 2) for n in (127, 1001, 8193)] == [stages(5120, 4)] * 3 == [1, 1, 1]
+    assert stages(4096, 2, strided=True) == 1
 
 
 def test_partials_fill_a_gpu():

@@ -220,7 +220,7 @@ print(found)
 
 def test_few_programs_are_faster_for_small_tensors():
     """By the model, over rows of several lengths, than as many as large tensors have: by a twentieth at
-    least on an H100 and a B200. There fewer still are slower, whose SMs would be left without work."""
+    least. Fewer still are slower on a B200, whose SMs would be left without work."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-c", PARTIALS],
@@ -231,8 +231,8 @@ def test_few_programs_are_faster_for_small_tensors():
     )
     times = ast.literal_eval(found.stdout)
     for name, (fewer, ours, more) in times.items():
-        assert ours < (1 if name == "A100" else 0.95) * more, name
-        assert (ours < fewer) == (name != "A100"), name
+        assert ours < 0.95 * more, name
+        assert (ours < fewer) == (name == "B200"), name
 
 
 def test_a_small_tensor_is_read_once_by_several_launches():

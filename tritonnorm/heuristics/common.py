@@ -47,8 +47,8 @@ class RowTile:
     in `chunks` tiles side by side, whose widths are powers of two. A program is a cluster of `num_ctas`
     blocks of `num_warps` each, which have a part of the columns each.
 
-    `registers` are a thread's, at most, that the assembler is told to use; None leaves it alone. A
-    program that walks through rows loads them `ahead` steps before it computes them.
+    `registers` are a thread's, at most, that the assembler is told to use; None leaves it alone. Of the
+    steps of a program that walks through rows `stages` are under way at once.
     """
 
     rows: int
@@ -57,7 +57,7 @@ class RowTile:
     num_ctas: int = 1
     chunks: int = 1
     registers: int | None = None
-    ahead: int = 0
+    stages: int = 1
 
 
 def power_of_two(n: int) -> int:

@@ -6,7 +6,6 @@ from math import ceil
 from . import common
 from .common import (
     MIN_WARPS,
-    SM_REGISTERS,
     WARP,
     WORD_BYTES,
     DeviceFacts,
@@ -27,15 +26,16 @@ BACKWARD_ELEMENTS = {2: 16, 4: 8, 8: 8}
 registers. Half as many of bfloat16 have as many bytes in flight, and take 30% more instructions
 (unmeasured)."""
 
-BACKWARD_AHEAD = {2: 1}
-"""Steps by which programs load rows ahead of what they compute, by bytes an element, where a row is one
-tile in wide accesses: while sums wait, the next row is on its way. 16 registers more of 16 bits, as they
-are stored; float32, of which an SM would hold half as many programs, and several tiles side by side,
-which spill, are loaded when they are due (unmeasured)."""
+BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 16384}
+"""Rows that are under way at once, one tile each in wide accesses: while one is computed and its sums
+wait, two are on their way to shared memory. And the bytes of such a row, at least, by bytes an element:
+of short ones of float32 an SM holds enough programs (unmeasured)."""
 
-AHEAD_ROWS = 2
-"""Rows of a tile, at most, that is loaded ahead. With the statistics of four (512 columns) it takes 156
-registers; told to take 128, RMSNorm with those of eight spills."""
+STAGES_OF_FOUR = 2
+"""The same of tiles of four rows: with three of them under way LayerNorm takes 133 to 143 registers."""
+
+STAGED_BYTES = 96 * 1024
+"""Shared memory of a block, at most, that those take: on sm_86, sm_89 and sm_120 it has 99 KB."""
 
 NARROW_BACKWARD_ELEMENTS = 8
 """The same for rows of any dtype whose accesses are narrow, if they are short or long: each access has
@@ -56,9 +56,16 @@ where one tile would be 8,192."""
 BACKWARD_CHUNKS = {2: (1, 3), 4: (1, 3, 5), 8: (1,)}
 """The same for the backward pass: 5 of bfloat16 spill."""
 
+CHUNK_STAGES = {3: 2, 5: 1}
+"""Rows that are under way at once, by the tiles side by side that hold each. 5 spill, if two are."""
+
 CHUNK_REGISTERS = 128
-"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Left
-alone, the assembler takes 180, for one (unmeasured)."""
+"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Those
+of 16 bits spill with them if two rows are under way; left alone, LayerNorm's take 170 to 200, for one
+block (unmeasured)."""
+
+CHUNK_WARPS = 16
+"""Warps of a program over such tiles, at most: with more a thread has fewer than 128 registers."""
 
 LEAST_BACKWARD_CHUNKS = 4096
 """Bytes of a row above which they are used: its chunks then take all threads. Of several short rows the
@@ -104,6 +111,10 @@ while it waits for the others (unmeasured)."""
 
 CLUSTER_FORWARD_ELEMENTS, CLUSTER_BACKWARD_ELEMENTS = 16, 8
 """Elements a thread of a cluster: what its sums wait for is shared by more warps (unmeasured)."""
+
+CLUSTER_BACKWARD_REGISTERS = 64
+"""Registers a thread, at most, of the backward pass of a cluster with so many elements of 16 bits a
+thread, loaded ahead: two blocks of 16 warps on an SM. Left alone the assembler takes 85."""
 
 LOOPED_ELEMENTS, SPLIT_ELEMENTS = 16, 8
 """Elements a thread of a step of rows that are not resident, forward and backward (unmeasured)."""
@@ -208,6 +219,16 @@ def row_forward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTi
     return tile
 
 
+def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
+    """The tile of a program that loads rows of n elements ahead of what it computes, if that helps."""
+    least = LEAST_STAGED_BYTES.get(itemsize)
+    if least is None or n * itemsize < least or not whole_words(n, itemsize):
+        return tile
+    most = STAGES_OF_FOUR if tile.rows == 4 else BACKWARD_STAGES
+    a_stage = 2 * tile.rows * tile.block_n * itemsize // tile.num_ctas  # of dy and x
+    return replace(tile, stages=min(1 + STAGED_BYTES // a_stage, most))
+
+
 def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTile:
     """The backward pass over rows of n elements; split if its `block_n` is less than n. `cluster` is
     `largest_cluster`."""
@@ -218,21 +239,27 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
     limit = BACKWARD_RESIDENT[itemsize]
     if n > limit:
         held = _cluster(power_of_two(n), CLUSTER_BACKWARD_ELEMENTS, limit, cluster)
-        return held or RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
+        if held is None:
+            return RowTile(1, BACKWARD_CHUNK, warps(BACKWARD_CHUNK, SPLIT_ELEMENTS))
+        a_thread = held.block_n // (held.num_ctas * held.num_warps * WARP)
+        staged = _staged(held, n, itemsize)
+        if itemsize == 2 and staged.stages > 1 and a_thread <= CLUSTER_BACKWARD_ELEMENTS:
+            return replace(staged, registers=CLUSTER_BACKWARD_REGISTERS)
+        return staged
     a_thread, narrow = BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS
     if n % 2 and n > LONGEST_ODD:
         a_thread = narrow
-    one_tile = _resident(n, itemsize, a_thread, narrow, (1,))
-    if whole_words(n, itemsize) and one_tile.rows <= AHEAD_ROWS:
-        one_tile = replace(one_tile, ahead=BACKWARD_AHEAD.get(itemsize, 0))
+    one_tile = _staged(_resident(n, itemsize, a_thread, narrow, (1,)), n, itemsize)
     if n <= LEAST_BACKWARD_CHUNKS // itemsize:
         return one_tile
     if (n & -n) * itemsize * 2 >= WORD_BYTES:
         tile = _resident(n, itemsize, a_thread, narrow, BACKWARD_CHUNKS[itemsize])
         if tile.chunks == 1:
             return one_tile
-        if tile.num_warps * WARP * CHUNK_REGISTERS <= SM_REGISTERS:
-            return replace(tile, registers=CHUNK_REGISTERS)
+        if tile.num_warps <= CHUNK_WARPS:
+            stages = CHUNK_STAGES[tile.chunks]
+            most = None if stages > 1 and itemsize == 2 else CHUNK_REGISTERS
+            return replace(tile, stages=stages, registers=most)
     return _resident(n, itemsize, narrow, narrow, (1,))
 
 
@@ -250,7 +277,8 @@ def from_output(tile: RowTile, n: int, itemsize: int) -> RowTile:
     if one_row or narrow:
         a_thread = BACKWARD_ELEMENTS[itemsize] if one_row else NARROW_BACKWARD_ELEMENTS
         tile = _resident(n, itemsize, a_thread, NARROW_BACKWARD_ELEMENTS, (1,))
-    return replace(tile, ahead=0)
+    registers = tile.registers if tile.num_ctas == 1 else None
+    return replace(tile, stages=1, registers=registers)
 
 
 def row_programs(n: int, itemsize: int, strided: bool) -> int:

@@ -32,7 +32,9 @@ from .teams import prefer_row_teams, prefer_teams
 FOLDER = "tuned"
 
 LARGEST_TILE = 2**20  # elements: Triton's largest tensor
-MOST_STAGES = 8  # more would wait for longer than any memory takes
+MOST_STAGES = 8
+"""Steps under way at once: more would not be computed sooner."""
+
 MOST_PROGRAMS = 65535
 """The largest second dimension of a CUDA grid, along which programs walk through rows."""
 
@@ -87,6 +89,10 @@ def _registers_flaw(num_warps: int, registers: int | None) -> str | None:
     return None
 
 
+def _stages_flaw(stages: int) -> str | None:
+    return None if 1 <= stages <= MOST_STAGES else f"1 to {MOST_STAGES} steps are under way at once"
+
+
 def _row_flaw(tile: RowTile, n: int, cluster: int, strided: bool, **_) -> str | None:
     if tile.block_n > power_of_two(n):
         return f"a row has {n} elements"
@@ -104,11 +110,11 @@ def _row_flaw(tile: RowTile, n: int, cluster: int, strided: bool, **_) -> str | 
 
 
 def _row_forward_flaw(tile: RowTile, **arguments) -> str | None:
-    return "a program takes its rows at once" if tile.ahead else _row_flaw(tile, **arguments)
+    return "a program takes its rows at once" if tile.stages != 1 else _row_flaw(tile, **arguments)
 
 
 def _row_backward_flaw(tile: RowTile, **arguments) -> str | None:
-    return _row_flaw(tile, **arguments) if 0 <= tile.ahead <= 1 else "rows are loaded one step ahead"
+    return _row_flaw(tile, **arguments) or _stages_flaw(tile.stages)
 
 
 def _programs_flaw(programs: int, **_) -> str | None:
@@ -142,11 +148,11 @@ def _pieces_flaw(
     positions = pieces.steps * pieces.block_s
     if adjacent == "s" and positions < s and positions % min(s & -s, LARGEST_ALIGNMENT):
         return "a piece ends where an access does"
-    if not 1 <= pieces.stages <= MOST_STAGES:
-        return f"1 to {MOST_STAGES} steps are under way at once"
     sizes, elements = (pieces.block_c, pieces.block_s), pieces.block_c * pieces.block_s
-    return _tile_flaw(elements, pieces.num_warps, *sizes) or _registers_flaw(
-        pieces.num_warps, pieces.registers
+    return (
+        _tile_flaw(elements, pieces.num_warps, *sizes)
+        or _registers_flaw(pieces.num_warps, pieces.registers)
+        or _stages_flaw(pieces.stages)
     )
 
 

@@ -227,7 +227,7 @@ def row_backward(
                 c1_ptr=c1,
                 c2_ptr=c2,
                 CHUNKS=tile.chunks,
-                AHEAD=tile.ahead,
+                STAGES=tile.stages,
                 **outputs,
                 **shared,
             )
