@@ -144,6 +144,7 @@ class Copy:
     places: np.ndarray
     addresses: np.ndarray
     present: np.ndarray
+    values: np.ndarray  # that were there when it began
 
     def of(self, some) -> "Copy":
         return Copy(*(getattr(self, field.name)[some] for field in fields(self)))
@@ -243,7 +244,13 @@ class Blocks:
         """Words begin to be copied to shared memory, one for each of the threads."""
         threads = np.flatnonzero(active)
         self.shared.expect(places, COPIED_WORD, self.warp[threads])
-        self.copies.append(Copy(threads, self.groups[threads], places, addresses, present))
+        values = self._copied(addresses, present)
+        self.copies.append(Copy(threads, self.groups[threads], places, addresses, present, values))
+
+    def _copied(self, addresses, present):
+        values = np.zeros(len(addresses), UNSIGNED[8 * COPIED_WORD])
+        values[present] = self.memory.load(addresses[present], COPIED_WORD)
+        return values
 
     def wait_for_copies(self, but: int):
         """The copies of active threads end, but for those of so many groups that were closed last."""
@@ -251,9 +258,9 @@ class Blocks:
         for copy in self.copies:
             ends = self.active[copy.threads] & (copy.groups < self.groups[copy.threads] - but)
             done = copy.of(ends)
-            values = np.zeros(len(done.threads), UNSIGNED[8 * COPIED_WORD])
-            values[done.present] = self.memory.load(done.addresses[done.present], COPIED_WORD)
-            self.shared.arrived(done.places, COPIED_WORD, values, self.warp[done.threads])
+            if (self._copied(done.addresses, done.present) != done.values).any():
+                raise PtxError("memory was written while it was copied")
+            self.shared.arrived(done.places, COPIED_WORD, done.values, self.warp[done.threads])
             if not ends.all():
                 waiting.append(copy.of(~ends))
         self.copies = waiting

@@ -189,8 +189,8 @@ def _copy(instruction, entry):
         active, (places,) = locate(blocks)
         _, (addresses,) = locate_source(blocks)
         present = np.broadcast_to(read_present(blocks), blocks.threads)[active]
-        if (present % COPIED_WORD).any():
-            raise PtxError("a copy of parts of words")
+        if (present % COPIED_WORD).any() or (present > size).any():
+            raise PtxError(f"a copy of {present.max()} bytes of {size}")
         for at in range(0, size, COPIED_WORD):
             blocks.copy(active, places + at, addresses + np.uint64(at), present > at)
 

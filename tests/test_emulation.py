@@ -239,8 +239,20 @@ def test_copies_over_what_is_read():
     run(f"{read} bar.sync 0; {ASYNC} {CLOSE} {WAIT}", x, y)
     with pytest.raises(PtxError, match="another accessed before a barrier"):
         run(f"{read} {ASYNC} {CLOSE} {WAIT}", x, y)
-    with pytest.raises(PtxError, match="parts of words"):
-        run(f"mov.b32 %r5, 2; {ASYNC}", x, y)
+    for count in (2, 8):
+        with pytest.raises(PtxError, match=f"a copy of {count} bytes of 4"):
+            run(f"mov.b32 %r5, {count}; {ASYNC}", x, y)
+
+
+def test_copies_of_what_changes():
+    """Which value is copied would be open; and nobody has to wait for a copy to be refused."""
+    x = torch.randn(64)
+    store = "st.global.b32 [%rd0], %r0;"
+    run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {WAIT} {store}", x, x)
+    with pytest.raises(PtxError, match="written while it was copied"):
+        run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {store} {WAIT}", x, x)
+    with pytest.raises(PtxError, match="outside of the launch's tensors"):
+        run(f"mov.b32 %r5, 4; {ASYNC}", x[:0], torch.zeros(64))
 
 
 def test_a_register_is_wider_than_what_is_loaded():

@@ -158,9 +158,22 @@ def test_programs_that_walk_are_a_power_of_two():
     assert rows.row_partials(2**20, 1024, 2, 0, rows=2) == common.MAX_PARTIALS
 
 
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
+@pytest.mark.parametrize("choose", [channel_choices.channel_forward, channel_choices.channel_backward])
+def test_pieces_of_contiguous_groups_are_legal(choose, itemsize):
+    """Of few positions as of many; no tile is narrower than the line, or than half of two sectors."""
+    for cg in [odd << shift for odd in (1, 3, 9) for shift in range(14)]:
+        for s in (1, 2, 3, 5, 6, 7, 12, 49, 100, 784, 3136, 4096, 65536):
+            arguments = dict(n=1, c=cg, s=s, itemsize=itemsize, adjacent="s")
+            arguments |= dict(over_batch=False, finer=True, cg=cg)
+            pieces = choose(*arguments.values())
+            assert table.flaw(choose.__name__, arguments, pieces) is None
+            assert pieces.block_s >= min(s, 32 // itemsize)
+
+
 def test_rows_are_under_way_ahead_of_the_work():
-    """Rows in one tile and in wide accesses, of 32 bits if they are long; two of those in three tiles,
-    which spill with more. No narrow or strided ones, whose accesses are no copies, nor float64."""
+    """Rows in one tile and in wide accesses, of 32 bits if they are long; of several tiles those that do
+    not spill. No narrow or strided ones, whose accesses are no copies, nor float64."""
 
     def stages(n, itemsize, **more):
         return rows.row_backward(n, itemsize, more.pop("strided", False), **more).stages
@@ -171,8 +184,8 @@ def test_rows_are_under_way_ahead_of_the_work():
     assert [stages(n, 4) for n in (1024, 4096, 8192)] == [1, 3, 2]
     assert [stages(n, 2, cluster=16) for n in (16384, 65536)] == [3, 3]
     assert [stages(n, 4, cluster=16) for n in (16384, 65536)] == [3, 2]
-    assert [stages(n, 2) for n in (3072, 5120)] == [stages(3072, 4), stages(6144, 4)] == [2, 2]
-    assert [stages(n, 2) for n in (127, 1001, 8193)] == [stages(5120, 4)] * 3 == [1, 1, 1]
+    assert [stages(n, 4) for n in (3072, 5120, 6144)] == [2, 1, 2]
+    assert [stages(n, 2) for n in (127, 1001, 3072, 5120, 8193)] == [1] * 5
     assert stages(4096, 2, strided=True) == 1
 
 

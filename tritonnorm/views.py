@@ -17,8 +17,8 @@ MOST_POSITIONS = 2**30
 them still."""
 
 LARGEST_SET = 2**30
-"""Kernels take sets of fewer elements that share statistics: their indices are int32, with room for a
-last chunk or part."""
+"""Kernels take sets of fewer elements that share statistics, and fewer images in evaluation: their
+indices are int32, with room for a last chunk or part."""
 
 LARGEST_ALIGNMENT = 16  # elements: 16 bytes or more, which is as wide as accesses are
 

@@ -107,7 +107,8 @@ def _batch_or_instance_norm(torch_norm, input, running, weight, bias, over, mome
     """
     uses_input = over != "given"
     size = prod(input.shape[2:]) * (input.shape[0] if over == "batch" else 1)
-    if takes_kernel(input, *running, weight, bias) and fits(size):
+    images = input.shape[0] if over == "given" else 1  # a program may take many of them
+    if takes_kernel(input, *running, weight, bias) and fits(size, images):
         if isinstance(momentum, torch.Tensor):
             momentum = momentum.to(input.device, torch.float64)
         return normalize_channels(

@@ -62,7 +62,7 @@ MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
 
 LINE_BYTES = 64
 """Bytes side by side, at least, that a resident tile takes of channels_last: with half of it the
-bandwidth of an H100 is halved."""
+bandwidth of an H100 is halved. And of contiguous lines those that a tile of more channels leaves."""
 
 CHANNEL_FORWARD_ELEMENTS = {2: 16, 4: 16, 8: 4}
 CHANNEL_BACKWARD_ELEMENTS = {2: 8, 4: 8, 8: 4}
@@ -242,15 +242,15 @@ def group_backward(
     )
 
 
-def _line_width(s: int, bytes_once: int, elements: int, most_channels: int) -> int:
+def _line_width(s: int, itemsize: int, bytes_once: int, elements: int, most_channels: int) -> int:
     """Positions of a tile of contiguous lines of s, of which it has `most_channels` at most: as many as
     fill it, but fewer where much of it would be padding, or a piece of whole lines too small."""
-    width = min(power_of_two(s), elements)
+    width, least = min(power_of_two(s), elements), LINE_BYTES // itemsize
 
     def narrower() -> bool:
         channels, padding = elements // width, ceil(s / width) * width - s
         more = 2 * channels <= most_channels and 2 * channels * s * bytes_once <= TEAM_PIECE_BYTES
-        return more and (channels * s < PIECE_ELEMENTS or padding > LINE_PADDING * s)
+        return width > least and more and (channels * s < PIECE_ELEMENTS or padding > LINE_PADDING * s)
 
     while narrower():
         width //= 2
@@ -264,8 +264,9 @@ def _channel_pieces(
         a_thread = max(a_thread // 2, 1)
     elements = PIECE_WARPS * WARP * a_thread
     if adjacent == "s":
-        # Of a group's channels a power of two that divides them, lest a team would need several groups.
-        block_s = _line_width(s, bytes_once, elements, 1 if over_batch else cg & -cg)
+        # No more of a group's channels than a power of two that divides them: a team needs whole groups.
+        most_channels = 1 if over_batch else cg & -cg
+        block_s = _line_width(s, itemsize, bytes_once, elements, most_channels)
         block_c = min(power_of_two(c), elements // block_s)
     else:
         filling = elements // power_of_two(s)  # channels, where positions are too few for a tile

@@ -56,13 +56,14 @@ where one tile would be 8,192."""
 BACKWARD_CHUNKS = {2: (1, 3), 4: (1, 3, 5), 8: (1,)}
 """The same for the backward pass: 5 of bfloat16 spill."""
 
-CHUNK_STAGES = {3: 2, 5: 1}
-"""Rows that are under way at once, by the tiles side by side that hold each. 5 spill, if two are."""
+CHUNK_STAGES = {4: 2}
+"""Rows that are under way at once where three such tiles hold each, by bytes an element. With 5 tiles
+they spill, as LayerNorm's of 16 bits do; with as many registers as those take (164 to 192) an SM holds
+half of the programs, and by the model 16,384 rows take up to a third longer (unmeasured)."""
 
 CHUNK_REGISTERS = 128
-"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Those
-of 16 bits spill with them if two rows are under way; left alone, LayerNorm's take 170 to 200, for one
-block (unmeasured)."""
+"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Left
+alone, the assembler takes 180, for one (unmeasured)."""
 
 CHUNK_WARPS = 16
 """Warps of a program over such tiles, at most: with more a thread has fewer than 128 registers."""
@@ -225,7 +226,8 @@ def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
     if least is None or n * itemsize < least or not whole_words(n, itemsize):
         return tile
     most = STAGES_OF_FOUR if tile.rows == 4 else BACKWARD_STAGES
-    a_stage = 2 * tile.rows * tile.block_n * itemsize // tile.num_ctas  # of dy and x
+    # Of x and dy, which is float32 under autocast.
+    a_stage = tile.rows * tile.block_n * (itemsize + max(itemsize, 4)) // tile.num_ctas
     return replace(tile, stages=min(1 + STAGED_BYTES // a_stage, most))
 
 
@@ -257,9 +259,8 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         if tile.chunks == 1:
             return one_tile
         if tile.num_warps <= CHUNK_WARPS:
-            stages = CHUNK_STAGES[tile.chunks]
-            most = None if stages > 1 and itemsize == 2 else CHUNK_REGISTERS
-            return replace(tile, stages=stages, registers=most)
+            stages = CHUNK_STAGES.get(itemsize, 1) if tile.chunks == 3 else 1
+            return replace(tile, stages=stages, registers=CHUNK_REGISTERS)
     return _resident(n, itemsize, narrow, narrow, (1,))
 
 
