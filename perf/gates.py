@@ -165,9 +165,7 @@ COLUMN_PARAMETERS = "addresses, before the loop: with 112 registers an SM holds 
 FIVE_TILES = "5 tiles a row: with more than 128 registers one block is on an SM, not two"
 THREE_TILES = "3 tiles a row: with more than 128 registers one block is on an SM, not two"
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
-NARROW_OUTPUT = (
-    "an address each, and the inverse of the weight; with more registers three blocks, not four"
-)
+NARROW_OUTPUT = "an address each: with more than 96 registers four blocks, not five"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
 
