@@ -222,10 +222,10 @@ def channel_moments(
 ):
     """Mean and sum of squared deviations of each channel of a piece.
 
-    Every lane of a tile has moments of its own (Welford, 1962), which are merged at the end (Chan, Golub
-    and LeVeque, 1983): those of whole tiles first, then those of the last one, which fewer lanes have.
-    All of it is relative to the channel's first element: a large common mean costs no digits, and the
-    deviations of equal values are exactly zero.
+    Every lane of a tile has moments of its own (Welford, 1962), of whole tiles first, then of the last
+    one, which fewer lanes have; they are merged at the end (Chan, Golub and LeVeque, 1983). All of it is
+    relative to the channel's first element: a large common mean costs no digits, and the deviations of
+    equal values are exactly zero.
     """
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     if program is None:
@@ -257,7 +257,7 @@ def channel_moments(
             if WIDE:
                 x -= shift[:, None]
             if part == 1:
-                x = tl.where(mask, x, lane_mean)
+                x = tl.where(mask, x, lane_mean)  # where a tile has no element, nothing changes
             steps += 1.0
             delta = x - lane_mean
             lane_mean += delta * (1.0 / steps)

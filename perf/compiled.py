@@ -120,7 +120,7 @@ class Lowered:
     fold_steps: float = 1.0  # the same of tiles of partial results
     ahead: int = 0  # steps by which a program's loads are ahead of what it computes
     cooperative: bool = False
-    units: float | None = None  # of a team's launch, as a part of all: those that it works on at once
+    units: float = 1.0  # of a team's launch: the part of them that its programs work on at once
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
     regions: list[Region] = field(default_factory=lambda: [Region()])
     uneven_sums: int = 0  # of lanes, see assembly.py
@@ -371,7 +371,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         ),
         ahead=arguments.get("STAGES", 1) - 1,
         cooperative=arguments.get("launch_cooperative_grid", False),
-        units=programs / arguments["WIDTH"] / arguments["UNITS"] if "UNITS" in arguments else None,
+        units=programs / arguments["WIDTH"] / arguments["UNITS"] if "UNITS" in arguments else 1.0,
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,
         uneven_sums=assembly.uneven_sums(compiled.asm["ptx"]),

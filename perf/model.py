@@ -10,10 +10,9 @@ memory, b, of which r for what it reads, and at the schedulers, c. A wave of R b
 own maximum: what it takes beyond its share is the tail. A pass is the sum of its launches.
 
 What the model does not see: what the blocks of a cluster or the programs of a team wait for each other
-beyond a barrier, that a cluster stays within a part of the GPU; code that a program jumps over, as
-moments do with the end of lines that have none; conflicts in shared memory, how many sectors narrow
-accesses take, L2's own bandwidth, and clocks that power lowers. It is to be compared with measurements,
-and is none.
+beyond a barrier, that a cluster stays within a part of the GPU; conflicts in shared memory, how many
+sectors narrow accesses take, L2's own bandwidth, and clocks that power lowers. It is to be compared with
+measurements, and is none.
 """
 
 from collections import Counter
@@ -149,7 +148,7 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
     bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
     launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
-    at_once = min(k.resident * device.processors / k.blocks, 1) if k.units is None else k.units
+    at_once = min(k.resident * device.processors / k.blocks, 1) * k.units
     moved = read = 0.0
     for name, size in k.tensor_bytes.items():
         if name in k.sweeps:
