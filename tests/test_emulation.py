@@ -246,11 +246,11 @@ def test_copies_over_what_is_read():
 
 def test_copies_of_what_changes():
     """Which value is copied would be open; and nobody has to wait for a copy to be refused."""
-    x = torch.randn(64)
+    x, changing = torch.randn(64), torch.randn(64)
     store = "st.global.b32 [%rd0], %r0;"
     run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {WAIT} {store}", x, x)
     with pytest.raises(PtxError, match="written while it was copied"):
-        run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {store} {WAIT}", x, x)
+        run(f"mov.b32 %r5, 4; {ASYNC} {CLOSE} {store} {WAIT}", changing, x)
     with pytest.raises(PtxError, match="outside of the launch's tensors"):
         run(f"mov.b32 %r5, 4; {ASYNC}", x[:0], torch.zeros(64))
 

@@ -223,7 +223,7 @@ print(found)
 
 def test_few_programs_are_faster_for_small_tensors():
     """By the model, over rows of several lengths, than as many as large tensors have: by a twentieth at
-    least on an H100 and a B200. Fewer still are slower on a B200, whose SMs would be left without work."""
+    least on an H100 and a B200. Fewer still are slower on a B200: its SMs would be left without work."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-c", PARTIALS],
