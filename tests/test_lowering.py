@@ -89,16 +89,18 @@ for launches in lower("sm_90", [(case, None) for case in cases], instructions=Tr
 
 
 def test_issue_rate():
-    """LayerNorm on bfloat16 rows takes at most 0.108 warp instructions a byte, 37% of what an H100
-    issues while its memory moves a byte: a power of two, and five tiles side by side. So many rows that
-    what a program does once does not count."""
+    """LayerNorm on bfloat16 rows takes at most 0.1 warp instructions a byte forward, 35% of what an H100
+    issues while its memory moves a byte: a power of two, and five tiles side by side. Backward it takes
+    0.118, a tenth of which brings rows through shared memory. So many rows that what a program does once
+    does not count."""
     cases = [("forward", 4096), ("forward", 5120), ("backward", 4096)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ISSUE_RATE.format(cases=cases)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = [float(line) for line in output.split()]
     assert len(found) == len(cases)
-    assert max(found) <= 0.108
+    assert max(found[:2]) <= 0.1
+    assert found[2] <= 0.118
 
 
 BARRIERS = """
@@ -173,6 +175,8 @@ PTX = """
         ("st.global.L1::evict_last.v4.b32 [ %rd5 + 0 ], { %r2, %r3, %r4, %r5 };", 16),
         ("ld.global.v8.b32 { %r2 }, [ %rd5 ];", 32),
         ("atom.global.gpu.acq_rel.add.u32 %r1, [ %rd5 + 0 ], %r2;", 4),
+        ("cp.async.cg.shared.global [ %r2 + 0 ], [ %rd5 + 0 ], 0x10, %r3;", 16),
+        ("cp.async.ca.shared.global [ %r2 ], [ %rd5 ], 0x4;", 4),
     ],
 )
 def test_any_kind_of_access_counts(instruction, width):
@@ -182,7 +186,7 @@ def test_any_kind_of_access_counts(instruction, width):
 
 def test_accesses_that_are_not_understood_are_an_error():
     with pytest.raises(ValueError, match="not counted"):
-        read_ptx("cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10;", {0: "x"})
+        read_ptx("cp.async.bulk.shared::cta.global [ %r1 ], [ %rd1 ], 16, [ %r2 ];", {0: "x"})
 
 
 def test_first_elements_may_be_read_narrowly():
