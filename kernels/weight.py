@@ -341,6 +341,28 @@ def weight_normalize(
             tl.store(spread_ptr + channels, spread, present)
 
 
+@triton.jit
+def load_gradient_tiles(
+    dy_ptr,
+    x_ptr,
+    n,
+    start,
+    end,
+    channels,
+    present,
+    strides,
+    BLOCK_S: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Tiles of dy and x from a position on; their positions, and which elements of them exist."""
+    positions = start + tl.arange(0, BLOCK_S)
+    mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
+    dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+    x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+    return dy, x, positions, mask
+
+
 @kernel(do_not_specialize=["TENSORS", "N", "C", "S", "IMAGES", "STEPS"])
 def weight_gradient_sums(
     dy_ptr,  # [N, C, S]
@@ -381,10 +403,9 @@ def weight_gradient_sums(
 
     n, start = image, first
     for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
-        positions = start + tl.arange(0, BLOCK_S)
-        mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-        dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-        x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+        dy, x, _, _ = load_gradient_tiles(
+            dy_ptr, x_ptr, n, start, end, channels, present, strides, BLOCK_S, ADJACENT, ALIGN
+        )
         dgain += dy * (x * inverse[:, None])
         n, start = next_tile(n, start, first, end, BLOCK_S)
 
@@ -444,10 +465,9 @@ def weight_input_gradient(
     if dx_ptr is not None:
         n, start = image, first
         for _ in tl.range(0, count_tiles(bounds, BLOCK_S), num_stages=STAGES):
-            positions = start + tl.arange(0, BLOCK_S)
-            mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
-            dy = load_tile(dy_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-            x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
+            dy, x, positions, mask = load_gradient_tiles(
+                dy_ptr, x_ptr, n, start, end, channels, present, strides, BLOCK_S, ADJACENT, ALIGN
+            )
             x_hat = x * inverse[:, None]
             dx = input_gradient(dy, x_hat, dgain, tl.zeros_like(dgain), factor)
             store_tile(dx_ptr, dx, n, channels, positions, mask, strides, ADJACENT, ALIGN)
