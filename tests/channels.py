@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 
 import tritonnorm.functional as tF
+from tritonnorm.heuristics import channels as channel_choices
 
 EPS = 1e-5
 FORMATS = ("contiguous", "channels_last")
+NAMES = ("dx", "dweight", "dbias")
+X = torch.ones(2, 4, 3)
 
 
 def in_format(x, memory_format):
@@ -168,3 +171,31 @@ def run(operator, x, weight, bias, dy, groups=None):
     y = operator.ours(*leaves, groups)
     found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
     return y.detach(), [None if t is None else next(found) for t in leaves]
+
+
+def make_small(monkeypatch):
+    """Makes tiles small, and the sets that a program holds: small tensors are then cut into several
+    pieces of several steps."""
+    for limits in (
+        channel_choices.GROUP_FORWARD_RESIDENT,
+        channel_choices.GROUP_BACKWARD_RESIDENT,
+        channel_choices.GROUP_BACKWARD_RESIDENT_NARROW,
+    ):
+        for itemsize in limits:
+            monkeypatch.setitem(limits, itemsize, 64)
+    for elements in (
+        channel_choices.CHANNEL_FORWARD_ELEMENTS,
+        channel_choices.CHANNEL_BACKWARD_ELEMENTS,
+    ):
+        for itemsize in elements:
+            monkeypatch.setitem(elements, itemsize, 1)
+    monkeypatch.setattr(channel_choices, "PIECE_ELEMENTS", 192)
+
+
+def statistics(channels=4, **options):
+    """A running mean and variance."""
+    return torch.linspace(-1, 1, channels, **options), torch.linspace(0.5, 2, channels, **options)
+
+
+def train(f, *running, x=X, **options):
+    return f.batch_norm(x, *running, training=True, **options)

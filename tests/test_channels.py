@@ -4,18 +4,19 @@ import channels
 import pytest
 import reference
 import torch
-from cases import DTYPES
 from channels import (
     BATCH_NORM,
     EPS,
     FORMATS,
     GROUP_NORM,
     INSTANCE_NORM,
+    NAMES,
     every_format,
     every_operator,
     every_shape,
     in_format,
     inputs,
+    make_small,
     run,
 )
 from tolerances import assert_close, assert_no_worse_than, wide
@@ -26,7 +27,6 @@ from tritonnorm.heuristics import channels as channel_choices
 from tritonnorm.heuristics import common as common_choices
 from tritonnorm.launch.common import forget_plans
 
-NAMES = ("dx", "dweight", "dbias")
 GROUPS = {"batch_norm": None, "group_norm": 2, "instance_norm": None}
 
 
@@ -39,23 +39,6 @@ def shape(request, monkeypatch):
         return (2, 6, 4, 5)
     make_small(monkeypatch)
     return (2, 4, 13, 11) if request.param == "in pieces" else (19, 8, 5, 3)
-
-
-def make_small(monkeypatch):
-    for limits in (
-        channel_choices.GROUP_FORWARD_RESIDENT,
-        channel_choices.GROUP_BACKWARD_RESIDENT,
-        channel_choices.GROUP_BACKWARD_RESIDENT_NARROW,
-    ):
-        for itemsize in limits:
-            monkeypatch.setitem(limits, itemsize, 64)
-    for elements in (
-        channel_choices.CHANNEL_FORWARD_ELEMENTS,
-        channel_choices.CHANNEL_BACKWARD_ELEMENTS,
-    ):
-        for itemsize in elements:
-            monkeypatch.setitem(elements, itemsize, 1)
-    monkeypatch.setattr(channel_choices, "PIECE_ELEMENTS", 192)
 
 
 def compare(operator, x, weight, bias, dy, groups=None):
@@ -326,55 +309,6 @@ def test_inputs_are_not_written(operator, shape, device):
         assert torch.equal(now, then)
 
 
-def given(x, weight, bias, mean, var):
-    return tF.batch_norm(x, mean, var, weight, bias, False, 0.1, EPS)
-
-
-def given_exactly(x, weight, bias, mean, var):
-    along = (-1, *[1] * (x.dim() - 2))
-    mean, rstd = mean.double().view(along), (var.double() + EPS).rsqrt().view(along)
-    return (x.double() - mean) * rstd * weight.double().view(along) + bias.double().view(along)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7, 6), (3, 70, 7, 7), (17, 16, 5, 3), (2, 3, 90, 100)], ids=str)
-@every_format
-def test_evaluation(shape, memory_format, dtype, device):
-    """With the statistics that are given, forward and backward; they are not changed."""
-    x, dy = (in_format(torch.randn(shape, device=device).to(dtype), memory_format) for _ in range(2))
-    weight, bias, mean = torch.randn(3, shape[1], device=device)
-    var = torch.rand(shape[1], device=device) + 0.1
-    kept = mean.clone(), var.clone()
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = given(*leaves, mean, var)
-    gradients = torch.autograd.grad(y, leaves, dy)
-    exact_y, exact = reference.gradients(lambda *t: given_exactly(*t, *kept), (x, weight, bias), dy)
-    assert y.stride() == gradients[0].stride() == x.stride()
-    assert torch.equal(mean, kept[0])
-    assert torch.equal(var, kept[1])
-    assert_close(y.detach(), exact_y, terms=1, what="y")
-    assert_close(gradients[0], exact[0], terms=1, what="dx")
-    m = x.numel() // x.shape[1]
-    for what, gradient, expected in zip(NAMES[1:], gradients[1:], exact[1:], strict=True):
-        x_hat = given_exactly(x, torch.ones_like(bias), torch.zeros_like(bias), mean, var)
-        scale = (dy.double() * x_hat).abs().max().item() * m**0.5
-        assert_close(gradient, expected, terms=m, scale=scale, wide_dtype=wide(x.dtype), what=what)
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 4, 5), (17, 16, 5, 3)], ids=str)
-@every_format
-def test_frozen(shape, memory_format, device):
-    """In evaluation, with parameters that need no gradient, dx alone: bit for bit that of the others."""
-    x, dy = (in_format(torch.randn(shape, device=device), memory_format) for _ in range(2))
-    weight, bias, mean = torch.randn(3, shape[1], device=device)
-    var = torch.rand(shape[1], device=device) + 0.1
-    leaf = x.clone().requires_grad_()
-    given(leaf, weight, bias, mean, var).backward(dy)
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
-    given(*leaves, mean, var).backward(dy)
-    assert torch.equal(leaf.grad, leaves[0].grad)
-
-
 @every_operator
 @every_format
 def test_gradcheck_twice(operator, memory_format, device):
@@ -385,15 +319,6 @@ def test_gradcheck_twice(operator, memory_format, device):
     groups = GROUPS[operator.name]
     assert torch.autograd.gradcheck(lambda *t: operator.ours(*t, groups), leaves)
     assert torch.autograd.gradgradcheck(lambda *t: operator.ours(*t, groups), leaves, fast_mode=True)
-
-
-def test_gradcheck_twice_in_evaluation(device):
-    x = torch.randn(2, 4, 2, device=device, dtype=torch.float64)
-    weight, bias, mean = torch.randn(3, 4, device=device, dtype=torch.float64)
-    var = torch.rand(4, device=device, dtype=torch.float64) + 0.1
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: given(*t, mean, var), leaves)
-    assert torch.autograd.gradgradcheck(lambda *t: given(*t, mean, var), leaves)
 
 
 @every_operator
@@ -476,24 +401,13 @@ def test_offsets_beyond_int32(operator, memory_format, device):
     if operator is BATCH_NORM:
         mean = x.float().mean((0, 2, 3)) if x.is_cuda else None
         var = x.float().var((0, 2, 3), unbiased=False)
-        expected = given(x[-1:], weight, bias, mean, var)
+        expected = tF.batch_norm(x[-1:], mean, var, weight, bias, False, 0.1, EPS)
         torch.testing.assert_close(y[-1:], expected, rtol=2e-2, atol=2e-2)
     else:
         tail = x[-1:].clone()
         tail_y, (tail_dx, *_) = run(operator, tail, weight, bias, tail, groups)
         assert torch.equal(y[-1:], tail_y)
         assert torch.equal(dx[-1:], tail_dx)
-
-
-def test_evaluation_before_a_training_step(device):
-    """The backward pass of an evaluation takes the statistics it had, not those of a step since."""
-    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
-    mean, var = torch.randn(3, device=device), torch.rand(3, device=device) + 0.1
-    expected = (var.double() + EPS).rsqrt().view(3, 1).expand(4, 3, 5)
-    y = tF.batch_norm(x, mean, var, None, None, False, 0.1, EPS)
-    tF.batch_norm(x, mean, var, None, None, True, 0.9, EPS)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(dx.double(), expected, rtol=1e-6, atol=0)
 
 
 @every_operator

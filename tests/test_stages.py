@@ -3,19 +3,21 @@ runs one step after another."""
 
 import pytest
 import torch
-from channels import BATCH_NORM, FORMATS, GROUP_NORM, in_format
+from channels import BATCH_NORM, FORMATS, GROUP_NORM, in_format, make_small
 from channels import run as run_channels
 from conftest import INTERPRETED
 from operators import LAYER_NORM, RMS_NORM
 from operators import run as run_rows
-from test_channels import make_small
 
 import tritonnorm.functional as tF
 from perf.launches import observe
 from tritonnorm.heuristics import channels, common, rows
 from tritonnorm.launch.common import forget_plans
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no stages")
+pytestmark = pytest.mark.skipif(
+    INTERPRETED,
+    reason="needs a CUDA device, or the emulator of one: Triton's interpreter copies nothing",
+)
 
 
 def bits_by_stages(monkeypatch, module, name, call):

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from channels import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, every_format, in_format, run
+from channels import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, every_format, in_format, make_small, run
 from conftest import HAS_GPU, INTERPRETED
-from test_channels import make_small
 
 import tritonnorm.functional as tF
 from perf.launches import H100, TEAMS, choosing, observe
