@@ -161,14 +161,14 @@ def test_programs_that_walk_are_a_power_of_two():
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 @pytest.mark.parametrize("choose", [channel_choices.channel_forward, channel_choices.channel_backward])
 def test_pieces_of_contiguous_groups_are_legal(choose, itemsize):
-    """Of few positions as of many; no tile is narrower than the line, or than half of two sectors."""
+    """Of few positions as of many; no tile is narrower than its lines, or than LINE_BYTES."""
     for cg in [odd << shift for odd in (1, 3, 9) for shift in range(14)]:
         for s in (1, 2, 3, 5, 6, 7, 12, 49, 100, 784, 3136, 4096, 65536):
             arguments = dict(n=1, c=cg, s=s, itemsize=itemsize, adjacent="s")
             arguments |= dict(over_batch=False, finer=True, cg=cg)
             pieces = choose(*arguments.values())
             assert table.flaw(choose.__name__, arguments, pieces) is None
-            assert pieces.block_s >= min(s, 32 // itemsize)
+            assert pieces.block_s >= min(s, channel_choices.LINE_BYTES // itemsize)
 
 
 def test_rows_are_under_way_ahead_of_the_work():
