@@ -242,8 +242,9 @@ def row_backward(
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     program = tl.program_id(1).to(tl.int64)
     lanes = tl.program_id(0) * (CHUNKS * BLOCK_N) + tl.arange(0, BLOCK_N)
-    # The weight of several long tiles takes too many registers: it is loaded again with every row.
-    HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1
+    # The weight of several long tiles takes too many registers, unless rows are on their way without:
+    # it is loaded again with every row.
+    HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1 or STAGES > 1
     WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
     ALONE: tl.constexpr = alone(BLOCK_N, WORD)
     weights = ()
@@ -279,17 +280,18 @@ def row_backward(
             dbiases = plus(dbiases, dys)
         if dx_ptr is not None:
             wdys = dys
-            if weight_ptr is not None and HELD:
+            if weight_ptr is not None:
+                if not HELD:
+                    weights = ()
+                    for i in tl.static_range(CHUNKS):
+                        cols = i * BLOCK_N + lanes
+                        weights += (load_parameter(weight_ptr, cols, dtype, N, OFFSET),)
                 wdys = summed_products(dys, weights, ALONE)
-            elif weight_ptr is not None:
-                wdys = ()
-                for i in tl.static_range(CHUNKS):
-                    wdys += (affine(dys[i], weight_ptr, None, i * BLOCK_N + lanes, N, OFFSET),)
             if c1_ptr is not None:
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
-                if NORM == "layer" and HELD and between_warps(BLOCK_N, WORD):
+                if NORM == "layer" and between_warps(BLOCK_N, WORD):
                     sum_wdy, sum_wdy_x_hat = row_sums(wdys, summed_products(wdys, x_hats, ALONE), WORD)
                 else:
                     sum_wdy_x_hat, sum_wdy = row_sum(summed_products(wdys, x_hats, ALONE)), row_sum(wdys)

@@ -6,8 +6,11 @@ memory, b, of which r for what it reads, and at the schedulers, c. A wave of R b
 
     max(R * b, R * c, T + r)        bound by bytes, by issue rate, by bytes in flight
 
-(what a block stores leaves while the next one waits). The last wave may be a partial one, and has its
-own maximum: what it takes beyond its share is the tail. A pass is the sum of its launches.
+(what a block stores leaves while the next one waits). A loop whose loads are d steps ahead of what it
+computes adds to T + r, a step, the longer of what it computes and (l + s) / d: what it loads arrives
+after a latency l and its turn at the memory, s, and d steps later it has to be there. The last wave may
+be a partial one, and has its own maximum: what it takes beyond its share is the tail. A pass is the sum
+of its launches.
 
 What the model does not see: what the blocks of a cluster or the programs of a team wait for each other
 beyond a barrier, that a cluster stays within a part of the GPU; conflicts in shared memory, how many
@@ -19,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from operator import mul
 
 from tritonnorm.heuristics import l2
 
@@ -55,14 +59,30 @@ BOUNDS = ("bytes", "in flight", "issue", "launch", "tail")
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a block does in a loop, or once: it loads, and computes."""
+
+    times: float
+    busy: float  # nanoseconds a step that it computes
+    latency: float = 0.0  # nanoseconds a step until its loads arrive
+    read: float = 0.0  # bytes of device memory that all steps read
+    ahead: int = 0  # steps by which loads are ahead of what is computed
+
+    def ns(self, rate: float) -> float:
+        """The time of all steps where a block reads `rate` bytes a nanosecond."""
+        if not self.ahead:
+            return self.times * (self.busy + self.latency) + self.read / rate
+        return max(self.times * self.busy, (self.times * self.latency + self.read / rate) / self.ahead)
+
+
+@dataclass(frozen=True)
 class Work:
     """What the blocks of a launch do, on average."""
 
     blocks: int
     resident: int  # blocks that an SM holds
     nbytes: float  # of device memory that a block moves
-    read: float  # of these what it reads
-    waits: float  # nanoseconds that a block waits for loads, one after another, and computes
+    steps: tuple[Steps, ...]  # one after another
     issue: float  # nanoseconds that the schedulers of an SM are busy with a block
 
 
@@ -110,7 +130,7 @@ def launch_time(work: Work, device: Device) -> Prediction:
         rate = min(bandwidth(device) / busy, SM_BYTES_A_CYCLE * device.clock)
         return {
             "bytes": blocks * work.nbytes / bandwidth(device),
-            "in flight": work.waits + work.read / rate,
+            "in flight": sum(steps.ns(rate) for steps in work.steps),
             "issue": ceil(blocks / sms) * work.issue,
         }
 
@@ -125,31 +145,33 @@ def launch_time(work: Work, device: Device) -> Prediction:
     return Prediction(parts, alone)
 
 
-def waits(k: Lowered, device: Device) -> float:
-    """Nanoseconds of a program by itself: the loads of every region, those of an iteration together,
-    then its instructions and barriers. Loads of later steps are on their way meanwhile, and take what
-    is left of their latency."""
-    total = 0.0
+def block_steps(k: Lowered, device: Device, reads: dict[str, float]) -> tuple[Steps, ...]:
+    """What a block does in each region, of a launch that reads so many bytes of each tensor. The loads
+    of an iteration are waited for together."""
+    times = k.executions
     counts = k.instructions or [0.0] * len(k.regions)
-    for i, (region, times, count) in enumerate(zip(k.regions, k.executions, counts, strict=True)):
-        cycles = count * INSTRUCTION_CYCLES + region.barriers * BARRIER_CYCLES
-        busy, latency = cycles / device.clock, 0.0
+    whole = {name: sum(map(mul, times, (r.loads.get(name, 0) for r in k.regions))) for name in reads}
+    found = []
+    for i, region in enumerate(k.regions):
+        cycles = counts[i] * INSTRUCTION_CYCLES + region.barriers * BARRIER_CYCLES
+        latency = 0.0
         if region.loads:
             far = any(name in ACTIVATIONS for name in region.loads)
             latency = device.dram_latency if far else device.l2_latency
+        read = sum(reads[name] * region.loads.get(name, 0) / whole[name] for name in reads)
         ahead = k.ahead if i and latency else 0
-        total += times * (max(busy, latency / ahead) if ahead else busy + latency)
-    return total
+        found.append(Steps(times[i], cycles / device.clock, latency, times[i] * read / k.blocks, ahead))
+    return tuple(found)
 
 
-def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
-    """Bytes of device memory that a launch moves, and those of them that it reads. L2 serves what it
-    keeps (`heuristics.l2`), if it keeps all: partial results that are read, which count as so many fewer
-    bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
+def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, dict[str, float]]:
+    """Bytes of device memory that a launch moves, and those of them that it reads, by tensor. L2 serves
+    what it keeps (`heuristics.l2`), if it keeps all: partial results that are read, which count as so
+    many fewer bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
     launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
     at_once = min(k.resident * device.processors / k.blocks, 1) * k.units
-    moved = read = 0.0
+    moved, reads = 0.0, {}
     for name, size in k.tensor_bytes.items():
         if name in k.sweeps:
             times = k.sweeps[name]
@@ -163,20 +185,19 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, float]:
             times = 1 / L2_SPEED if kept else 1.0
         moved += times * size
         if any(name in region.loads for region in k.regions):
-            read += times * size
-    return moved, read
+            reads[name] = times * size
+    return moved, reads
 
 
 def work_of(k: Lowered, device: Device, held: bool = False) -> Work:
     """The work of a compiled launch on a device."""
-    moved, read = device_bytes(k, device, held)
+    moved, reads = device_bytes(k, device, held)
     cycles = (k.program_instructions or 0) * k.num_warps / devices.SCHEDULERS
     return Work(
         blocks=k.blocks,
         resident=k.resident,
         nbytes=moved / k.blocks,
-        read=read / k.blocks,
-        waits=waits(k, device),
+        steps=block_steps(k, device, reads),
         issue=cycles / device.clock,
     )
 

@@ -44,13 +44,20 @@ def test_gates_of_kernels():
 
 def test_an_exemption_is_for_what_it_says():
     """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
-    (five,) = (one for one in gates.EXEMPT if one.why == gates.FIVE_TILES)
+    (narrow,) = (one for one in gates.EXEMPT if one.why == gates.NARROW_WARPS)
     gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
-    row = walking(dtype="fp32", line=5120, stack=8)
-    assert five.excuses(gate, row, (3, 6))
-    assert not five.excuses(gate, row, (3, 9))
-    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "bf16"}, {"kernel": "row_forward_looped"}):
-        assert not five.excuses(gate, replace(row, **changes), (3, 6))
+    row = walking(target="sm_80", line=5121, stack=8)
+    assert narrow.excuses(gate, row, (3, 6))
+    assert not narrow.excuses(gate, row, (3, 9))
+    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "fp32"}, {"kernel": "row_forward_looped"}):
+        assert not narrow.excuses(gate, replace(row, **changes), (3, 6))
+
+
+def test_rows_of_several_tiles_may_take_registers_if_they_are_loaded_ahead():
+    tiles = walking(tiles=[(1, 3 * 2048)], registers=172, ahead=2)
+    assert of(gates.OF_KERNELS, tiles)["4 registers"].exempt.why == gates.ROWS_AHEAD
+    for changes in ({"ahead": 0}, {"tiles": [(1, 4096)]}, {"kernel": "channel_moments"}):
+        assert of(gates.OF_KERNELS, replace(tiles, **changes))["4 registers"].fails
 
 
 def test_what_nothing_needs_is_found():
@@ -60,7 +67,7 @@ def test_what_nothing_needs_is_found():
     idle = [one.why for one in gates.unneeded(missed, *every)]
     assert "a float64 takes two" not in idle
     assert gates.ROW_NUMBERS in idle
-    assert (gates.FIVE_TILES in idle) == (TRITON_VERSION == (3, 6))
+    assert (gates.NARROW_WARPS in idle) == (TRITON_VERSION == (3, 6))
     assert gates.unneeded([], ("sm_90",), every[1]) == []
     assert [one.why for one in gates.unneeded([], every[0], ("fp64",))] == ["a float64 takes two"]
 

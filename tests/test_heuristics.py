@@ -172,8 +172,8 @@ def test_pieces_of_contiguous_groups_are_legal(choose, itemsize):
 
 
 def test_rows_are_under_way_ahead_of_the_work():
-    """Rows in one tile and in wide accesses, of 32 bits if they are long; of several tiles those that do
-    not spill. No narrow or strided ones, whose accesses are no copies, nor float64."""
+    """Rows in wide accesses, of 32 bits if they are long. No narrow or strided ones, whose accesses are
+    no copies, nor float64."""
 
     def stages(n, itemsize, **more):
         return rows.row_backward(n, itemsize, more.pop("strided", False), **more).stages
@@ -181,11 +181,11 @@ def test_rows_are_under_way_ahead_of_the_work():
     for n in (8, 512, 768, 1000, 1024, 4096, 8192):
         assert stages(n, 2) == (2 if n == 512 else 3)
         assert rows.row_forward(n, 2, False).stages == stages(n, 8) == 1
-    assert [stages(n, 4) for n in (1024, 4096, 8192)] == [1, 3, 2]
+    assert [stages(n, 4) for n in (512, 1024, 4096, 8192)] == [1, 3, 3, 2]
     assert [stages(n, 2, cluster=16) for n in (16384, 65536)] == [3, 3]
     assert [stages(n, 4, cluster=16) for n in (16384, 65536)] == [3, 2]
-    assert [stages(n, 4) for n in (3072, 5120, 6144)] == [2, 1, 2]
-    assert [stages(n, 2) for n in (127, 1001, 3072, 5120, 8193)] == [1] * 5
+    assert [stages(n, itemsize) for itemsize in (2, 4) for n in (3072, 5120, 6144)] == [3] * 6
+    assert [stages(n, 2) for n in (127, 1001, 5124, 8193)] == [1] * 4
     assert stages(4096, 2, strided=True) == 1
 
 

@@ -74,28 +74,33 @@ def test_resident_blocks(registers, warps, shared, blocks):
 # The model
 
 
+def work(blocks, resident, nbytes, read, waits, issue):
+    """Work of blocks that wait and compute for a time, and read so many of the bytes they move."""
+    return model.Work(blocks, resident, nbytes, (model.Steps(1, waits, read=read),), issue)
+
+
 @pytest.mark.parametrize(
-    ("work", "parts"),
+    ("given", "parts"),
     [
         # 40 programs at once, 9,000 bytes each, at 900 a nanosecond.
-        (model.Work(40, 4, 9000, 4500, 10, 1), {"bytes": 400}),
+        (work(40, 4, 9000, 4500, 10, 1), {"bytes": 400}),
         # A program waits 1,000 ns, then reads 450 bytes at its SM's share of 90.
-        (model.Work(40, 4, 900, 450, 1000, 50), {"in flight": 1005}),
+        (work(40, 4, 900, 450, 1000, 50), {"in flight": 1005}),
         # 4 programs an SM, one after another at its schedulers.
-        (model.Work(40, 4, 900, 450, 10, 50), {"issue": 200}),
+        (work(40, 4, 900, 450, 10, 50), {"issue": 200}),
         # 5 programs on 10 SMs: each takes 64 bytes a cycle at most, 128 a nanosecond.
-        (model.Work(5, 4, 6400, 6400, 10, 1), {"in flight": 60}),
+        (work(5, 4, 6400, 6400, 10, 1), {"in flight": 60}),
         # 15 programs: some SMs have two of them.
-        (model.Work(15, 4, 0, 0, 10, 50), {"issue": 100}),
+        (work(15, 4, 0, 0, 10, 50), {"issue": 100}),
         # A second wave of a quarter as many takes as long.
-        (model.Work(50, 4, 900, 450, 1000, 50), {"in flight": 1256.25, "tail": 753.75}),
+        (work(50, 4, 900, 450, 1000, 50), {"in flight": 1256.25, "tail": 753.75}),
         # Bound by bytes, one of a tenth takes little more than a tenth: 10 + 4,500 / 128 for 40.
-        (model.Work(44, 4, 9000, 4500, 10, 1), {"bytes": 440, "tail": 5.15625}),
-        (model.Work(1, 1, 0, 0, 0, 0), {"bytes": 0}),
+        (work(44, 4, 9000, 4500, 10, 1), {"bytes": 440, "tail": 5.15625}),
+        (work(1, 1, 0, 0, 0, 0), {"bytes": 0}),
     ],
 )
-def test_the_time_of_a_launch(work, parts):
-    found = model.launch_time(work, TOY)
+def test_the_time_of_a_launch(given, parts):
+    found = model.launch_time(given, TOY)
     assert found.parts == pytest.approx({"launch": model.LAUNCH_NS} | parts)
     assert found.us == pytest.approx((model.LAUNCH_NS + sum(parts.values())) / 1e3)
     assert set(found.parts) <= set(model.BOUNDS)
@@ -103,7 +108,7 @@ def test_the_time_of_a_launch(work, parts):
 
 def test_what_each_bound_takes_alone():
     """Without launch and tail, of 1.25 waves."""
-    found = model.launch_time(model.Work(50, 4, 9000, 4500, 1000, 50), TOY)
+    found = model.launch_time(work(50, 4, 9000, 4500, 1000, 50), TOY)
     assert found.alone == pytest.approx({"bytes": 500, "in flight": 1312.5, "issue": 250})
 
 
@@ -120,12 +125,11 @@ def test_work_is_read_off_the_kernel():
     """One load of x and 3 barriers; 272 instructions of each of 8 warps at 4 schedulers."""
     k = kernel()
     assert k.resident == 6
-    work = model.work_of(k, TOY)
-    assert work.nbytes == pytest.approx(2 * 8192 + 4)
-    assert work.read == pytest.approx(8192)
-    assert work.issue == pytest.approx(272 * 8 / 4 / 2)
+    found = model.work_of(k, TOY)
+    assert found.nbytes == pytest.approx(2 * 8192 + 4)
+    assert found.issue == pytest.approx(272 * 8 / 4 / 2)
     alone = 272 * model.INSTRUCTION_CYCLES + 3 * model.BARRIER_CYCLES
-    assert work.waits == pytest.approx(600 + alone / 2)
+    assert found.steps == (model.Steps(1, alone / 2, latency=600, read=8192),)
     assert k.instructions_per_byte == pytest.approx(272 * 8 / (2 * 8192))
     assert replace(k, instructions=None).instructions_per_byte is None
 
@@ -135,20 +139,32 @@ def test_a_program_waits_in_every_step_of_its_loops():
     assert k.executions == [1, 8]
     assert k.program_instructions == 128 + 8 * 200
     assert k.barriers == 4 + 8 * 3
-    alone = k.program_instructions * model.INSTRUCTION_CYCLES + k.barriers * model.BARRIER_CYCLES
-    assert model.waits(k, TOY) == pytest.approx(8 * 600 + alone / 2)
+    once, loop = model.block_steps(k, TOY, {"x": 1024 * 8 * 2048, "mean": 1024 * 8 * 4})
+    assert once.ns(1) == pytest.approx((128 * model.INSTRUCTION_CYCLES + 4 * model.BARRIER_CYCLES) / 2)
+    cycles = 200 * model.INSTRUCTION_CYCLES + 3 * model.BARRIER_CYCLES
+    assert loop == model.Steps(8, cycles / 2, latency=600, read=8 * 2052)
+    assert loop.ns(rate=2) == pytest.approx(8 * (600 + cycles / 2 + 1026))
 
 
 def test_loads_ahead_are_waited_for_beside_the_work():
-    """Of a step the longer one, its work or what it waits for; only the first step's loads take both."""
+    """Of a step the longer one: its work, or the part of a load's latency and of its turn at the memory
+    that steps ahead leave of them."""
+    ahead = model.Steps(8, busy=100, latency=600, read=8 * 900, ahead=3)
+    assert ahead.ns(rate=3) == pytest.approx(8 * (600 + 300) / 3)
+    assert ahead.ns(rate=90) == pytest.approx(8 * (600 + 10) / 3)
+    assert replace(ahead, busy=400).ns(rate=3) == pytest.approx(8 * 400)
+    assert replace(ahead, ahead=1, busy=899).ns(rate=3) == pytest.approx(8 * 900)
+
+
+def test_loads_ahead_of_a_kernel():
+    """Only the loads of the first steps are waited for by themselves; the last step loads nothing."""
     loop = replace(walking().regions[1], loads={"x": 16, "dy": 16, "mean": 4})
     first = Region(loads={"x": 16, "dy": 16}, accesses=2)
-    due = walking(regions=[Region(), loop], instructions=[0.0, 100.0])
-    ahead = replace(due, regions=[first, loop], ahead=1)
-    work = (100 * model.INSTRUCTION_CYCLES + 3 * model.BARRIER_CYCLES) / TOY.clock
-    assert model.waits(due, TOY) == pytest.approx(8 * (600 + work))
-    assert model.waits(ahead, TOY) == pytest.approx(600 + 8 * max(600, work))
-    assert ahead.sweeps["x"] == 1  # the last step loads nothing
+    ahead = walking(regions=[first, loop], instructions=[0.0, 100.0], ahead=1)
+    found = model.block_steps(ahead, TOY, {"x": 1024 * 9 * 10})
+    assert found[0] == model.Steps(1, 0, latency=600, read=10)
+    assert (found[1].times, found[1].ahead, found[1].read) == (8, 1, pytest.approx(80))
+    assert ahead.sweeps["x"] == 1
 
 
 def test_an_unrolled_loop_runs_less_often():
@@ -164,7 +180,11 @@ def test_loops_around_and_folds():
     k = walking(regions=[Region(), around, within], fold_steps=3.0, widths={}, tensor_bytes={})
     assert k.executions == [1, 3, 3]
     quiet = replace(k, instructions=None)
-    assert model.waits(quiet, TOY) == pytest.approx(3 * 200)
+    assert [steps.times * steps.latency for steps in model.block_steps(quiet, TOY, {})] == [
+        0,
+        0,
+        3 * 200,
+    ]
 
 
 def keeping(size: int) -> Device:
@@ -181,23 +201,24 @@ def test_what_is_read_twice():
     assert k.sweeps == {"x": 2, "y": 1}
     size = k.tensor_bytes["x"]
     large = keeping(60 * 8 * KB)
-    assert model.device_bytes(k, large, held=False) == (2 * size + 32768, size)
+    once, twice = (2 * size + 32768, {"x": size}), (3 * size + 32768, {"x": 2 * size})
+    assert model.device_bytes(k, large, held=False) == once
     small = keeping(59 * 8 * KB)
-    assert model.device_bytes(k, small, held=False) == (3 * size + 32768, 2 * size)
+    assert model.device_bytes(k, small, held=False) == twice
     team = replace(k, units=0.5)  # half of the rows wait for the others
-    assert model.device_bytes(team, keeping(30 * 8 * KB), held=False) == (2 * size + 32768, size)
-    assert model.device_bytes(team, keeping(29 * 8 * KB), held=False) == (3 * size + 32768, 2 * size)
+    assert model.device_bytes(team, keeping(30 * 8 * KB), held=False) == once
+    assert model.device_bytes(team, keeping(29 * 8 * KB), held=False) == twice
 
 
 def test_partial_results_are_read_from_l2_as_far_as_they_fit():
     """What is written leaves L2 in the end; what is read is there, if all of it fits."""
     written = walking(tensor_bytes={"dweight_partial": 400 * KB})
     for size in (400 * KB, 399 * KB):
-        assert model.device_bytes(written, keeping(size), held=False) == (400 * KB, 0)
+        assert model.device_bytes(written, keeping(size), held=False) == (400 * KB, {})
     fold = replace(written, regions=[Region(loads={"dweight_partial": 32})])
-    served = 400 * KB / model.L2_SPEED
-    assert model.device_bytes(fold, keeping(400 * KB), held=False) == (served, served)
-    assert model.device_bytes(fold, keeping(399 * KB), held=False) == (400 * KB, 400 * KB)
+    partial, served = "dweight_partial", 400 * KB / model.L2_SPEED
+    assert model.device_bytes(fold, keeping(400 * KB), held=False) == (served, {partial: served})
+    assert model.device_bytes(fold, keeping(399 * KB), held=False) == (400 * KB, {partial: 400 * KB})
 
 
 PARTIALS = """

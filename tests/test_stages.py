@@ -78,7 +78,13 @@ def test_weights_in_pieces(shape, dim, device, monkeypatch):
 
 @pytest.mark.parametrize("operator", [LAYER_NORM, RMS_NORM], ids=str)
 @pytest.mark.parametrize(
-    ("n", "dtype"), [(256, torch.bfloat16), (1000, torch.float16), (4096, torch.float32)]
+    ("n", "dtype"),
+    [
+        (256, torch.bfloat16),
+        (1000, torch.float16),
+        (4096, torch.float32),
+        (2560, torch.bfloat16),  # in three tiles
+    ],
 )
 def test_rows(operator, n, dtype, device, monkeypatch):
     """More of them than are under way, fewer, and none."""

@@ -26,10 +26,10 @@ BACKWARD_ELEMENTS = {2: 16, 4: 8, 8: 8}
 registers. Half as many of bfloat16 have as many bytes in flight, and take 30% more instructions
 (unmeasured)."""
 
-BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 16384}
-"""Rows that are under way at once, one tile each in wide accesses: while one is computed and its sums
-wait, two are on their way to shared memory. And the bytes of such a row, at least, by bytes an element:
-of short ones of float32 an SM holds enough programs (unmeasured)."""
+BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 4096}
+"""Rows that are under way at once, in wide accesses: while one is computed and its sums wait, two are on
+their way to shared memory. And the bytes of such a row, at least, by bytes an element: of short ones of
+float32 an SM holds enough programs (unmeasured)."""
 
 STAGES_OF_FOUR = 2
 """The same of tiles of four rows: with three of them under way LayerNorm takes 133 to 143 registers."""
@@ -56,14 +56,10 @@ where one tile would be 8,192."""
 BACKWARD_CHUNKS = {2: (1, 3), 4: (1, 3, 5), 8: (1,)}
 """The same for the backward pass: 5 of bfloat16 spill."""
 
-CHUNK_STAGES = {4: 2}
-"""Rows that are under way at once where three such tiles hold each, by bytes an element. With 5 tiles
-they spill, as LayerNorm's of 16 bits do; with as many registers as those take (164 to 192) an SM holds
-half of the programs, and by the model 16,384 rows take up to a third longer (unmeasured)."""
-
 CHUNK_REGISTERS = 128
-"""Registers a thread, at most, of the backward pass over such tiles: 2 blocks of 8 warps on an SM. Left
-alone, the assembler takes 180, for one (unmeasured)."""
+"""Registers a thread, at most, of the backward pass over such tiles that are not loaded ahead, so that
+two blocks of 8 warps on an SM wait for each other's. Left alone, the assembler takes 180, for one
+(unmeasured)."""
 
 CHUNK_WARPS = 16
 """Warps of a program over such tiles, at most: with more a thread has fewer than 128 registers."""
@@ -259,8 +255,8 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         if tile.chunks == 1:
             return one_tile
         if tile.num_warps <= CHUNK_WARPS:
-            stages = CHUNK_STAGES.get(itemsize, 1) if tile.chunks == 3 else 1
-            return replace(tile, stages=stages, registers=CHUNK_REGISTERS)
+            staged = _staged(tile, n, itemsize)
+            return staged if staged.stages > 1 else replace(tile, registers=CHUNK_REGISTERS)
     return _resident(n, itemsize, narrow, narrow, (1,))
 
 
