@@ -167,8 +167,8 @@ def block_steps(k: Lowered, device: Device, reads: dict[str, float]) -> tuple[St
 def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, dict[str, float]]:
     """Bytes of device memory that a launch moves, and those of them that it reads, by tensor. L2 serves
     what it keeps (`heuristics.l2`), if it keeps all: partial results that are read, which count as so
-    many fewer bytes; what a program reads again while it lasts; and the inputs if they are `held` since an earlier
-    launch. Partial results that are written leave L2 in the end."""
+    many fewer bytes; what a program reads again while it lasts; and the inputs if they are `held` since
+    an earlier launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
     at_once = min(k.resident * device.processors / k.blocks, 1) * k.units
     moved, reads = 0.0, {}
