@@ -280,13 +280,13 @@ def row_backward(
             dbiases = plus(dbiases, dys)
         if dx_ptr is not None:
             wdys = dys
-            if weight_ptr is not None:
-                if not HELD:
-                    weights = ()
-                    for i in tl.static_range(CHUNKS):
-                        cols = i * BLOCK_N + lanes
-                        weights += (load_parameter(weight_ptr, cols, dtype, N, OFFSET),)
+            if weight_ptr is not None and HELD:
                 wdys = summed_products(dys, weights, ALONE)
+            elif weight_ptr is not None:
+                again = ()
+                for i in tl.static_range(CHUNKS):
+                    again += (load_parameter(weight_ptr, i * BLOCK_N + lanes, dtype, N, OFFSET),)
+                wdys = summed_products(dys, again, ALONE)
             if c1_ptr is not None:
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
