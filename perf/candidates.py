@@ -11,7 +11,6 @@ from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two,
 from tritonnorm.heuristics.rows import (
     BACKWARD_CHUNKS,
     BACKWARD_STAGES,
-    CHUNK_REGISTERS,
     FORWARD_CHUNKS,
 )
 
@@ -26,6 +25,10 @@ BOTH = (
     *((step, step) for step in STEPS),
 )
 """Two numbers of which one is changed, or both alike."""
+
+CHUNK_REGISTERS = 128
+"""Registers a thread, at most, that rows in several tiles are tried with where none is loaded ahead: two
+blocks of 8 warps on an SM, which wait for each other's."""
 
 RESIDENT_AFTER_ALL = 32768
 """Elements, at most, of a tile that is tried where the heuristics have none that is resident: twice what
@@ -72,14 +75,16 @@ def _clusters(tile: RowTile) -> Iterator[RowTile]:
 
 def _in_chunks(tile: RowTile, n: int, counts: tuple[int, ...]) -> Iterator[RowTile]:
     """The row in other numbers of tiles, with about as many elements a thread, or half of them; of
-    several tiles also with as few registers as the heuristics give them."""
+    several tiles also those that two programs on an SM have, and are not loaded ahead."""
     a_warp = tile.rows * tile.block_n // tile.num_warps
     for count in counts:
         block_n = power_of_two(ceil(n / count)) * count
         as_many = power_of_two(ceil(tile.rows * block_n / a_warp))
         for num_warps in (as_many, 2 * as_many):
-            for most in (None, CHUNK_REGISTERS) if count > 1 else (None,):
-                yield replace(tile, block_n=block_n, num_warps=num_warps, chunks=count, registers=most)
+            of_count = replace(tile, block_n=block_n, num_warps=num_warps, chunks=count, registers=None)
+            yield of_count
+            if count > 1:
+                yield replace(of_count, stages=1, registers=CHUNK_REGISTERS)
 
 
 def _programs(programs: int, **_) -> Iterator[int]:

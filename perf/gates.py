@@ -162,12 +162,12 @@ def _column_parameters(k: Lowered) -> bool:
 
 def _tiles_ahead(k: Lowered) -> bool:
     several = k.tile[1].bit_count() > 1  # tiles, whose columns are a power of two each
-    return k.kernel == "row_backward" and k.ahead > 1 and several
+    return k.kernel == "row_backward" and k.ahead > 1 and several and k.registers <= 232
 
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
 COLUMN_PARAMETERS = "addresses, before the loop: with 112 registers an SM holds four blocks, not six"
-ROWS_AHEAD = "rows are on their way to shared memory, in one block as in two"
+ROWS_AHEAD = "rows are on their way to shared memory: by the model one block an SM is enough"
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_OUTPUT = "an address each: with more than 96 registers four blocks, not five"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"

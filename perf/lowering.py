@@ -38,13 +38,13 @@ CLUSTER_SIZES = tuple(2**k for k in range(13, 19))
 CLUSTER_ODD_SIZES = (20000, 20001)
 """Not powers of two: whose masks must not narrow accesses, and whose elements take an address each."""
 
-ODD_SIZES = (48, 768, 1000, 3072, 5120)
+ODD_SIZES = (48, 768, 1000, 1280, 3072, 5120)
 """Not powers of two, rows of a multiple of 16 bytes: masks and row steps must not narrow accesses."""
 
 NARROW_SIZES = (127, 1001, 5121, 5124)
 """Rows that no wide access reaches, as several tiles or one."""
 
-OUTPUT_SIZES = (127, 128, 1000, 1001, 3072, 5120, 8192, 65536)
+OUTPUT_SIZES = (127, 128, 1000, 1001, 1280, 3072, 5120, 8192, 65536)
 """Rows whose backward pass starts from the output: of each kind, those that would otherwise be several
 tiles among them."""
 

@@ -7,10 +7,10 @@ memory, b, of which r for what it reads, and at the schedulers, c. A wave of R b
     max(R * b, R * c, T + r)        bound by bytes, by issue rate, by bytes in flight
 
 (what a block stores leaves while the next one waits). A loop whose loads are d steps ahead of what it
-computes adds to T + r, a step, the longer of what it computes and (l + s) / d: what it loads arrives
-after a latency l and its turn at the memory, s, and d steps later it has to be there. The last wave may
-be a partial one, and has its own maximum: what it takes beyond its share is the tail. A pass is the sum
-of its launches.
+computes adds to T + r, a step, the longest of what it computes, its turn at the memory, s, and
+(l + s) / d: what it loads arrives after a latency l and its turn, and d steps later it has to be there.
+The last wave may be a partial one, and has its own maximum: what it takes beyond its share is the tail.
+A pass is the sum of its launches.
 
 What the model does not see: what the blocks of a cluster or the programs of a team wait for each other
 beyond a barrier, that a cluster stays within a part of the GPU; conflicts in shared memory, how many
@@ -72,7 +72,8 @@ class Steps:
         """The time of all steps where a block reads `rate` bytes a nanosecond."""
         if not self.ahead:
             return self.times * (self.busy + self.latency) + self.read / rate
-        return max(self.times * self.busy, (self.times * self.latency + self.read / rate) / self.ahead)
+        arrives = (self.times * self.latency + self.read / rate) / self.ahead
+        return max(self.times * self.busy, self.read / rate, arrives)
 
 
 @dataclass(frozen=True)

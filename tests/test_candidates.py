@@ -1,5 +1,7 @@
 """Answers near those of the heuristics, which `python -m perf tune` tries."""
 
+from dataclasses import replace
+
 import pytest
 
 from perf import candidates
@@ -79,8 +81,8 @@ def test_neighbours_of_rows_in_clusters():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("n", [2560, 5120, 6144])
 def test_neighbours_of_rows_in_chunks(n, direction):
-    """In every other number of tiles that the pass may have, if none of them is empty; with as few
-    registers as the heuristics have, and with any."""
+    """In every other number of tiles that the pass may have, if none of them is empty; loaded ahead as
+    the chosen ones are, and without that with few registers."""
     arguments, name = ROWS | {"n": n}, f"row_{direction}"
     counts = getattr(rows, f"{direction.upper()}_CHUNKS")[2]
     chosen = chosen_by(name, arguments)
@@ -91,8 +93,10 @@ def test_neighbours_of_rows_in_chunks(n, direction):
     for count in others:
         tiles = [answer for answer in found if answer.chunks == count]
         assert {answer.block_n for answer in tiles} == {count * widths[count]}
-        assert {None} <= {answer.registers for answer in tiles} <= {None, rows.CHUNK_REGISTERS}
-        assert (count == 1) == all(answer.registers is None for answer in tiles)
+        few = {(1, candidates.CHUNK_REGISTERS)} if count > 1 else set()
+        assert {(answer.stages, answer.registers) for answer in tiles} == {(chosen.stages, None)} | few
+    due = replace(chosen, stages=1, registers=candidates.CHUNK_REGISTERS)
+    assert (due in found) == (chosen.chunks > 1)
 
 
 def test_neighbours_of_sets():

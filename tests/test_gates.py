@@ -56,7 +56,8 @@ def test_an_exemption_is_for_what_it_says():
 def test_rows_of_several_tiles_may_take_registers_if_they_are_loaded_ahead():
     tiles = walking(tiles=[(1, 3 * 2048)], registers=172, ahead=2)
     assert of(gates.OF_KERNELS, tiles)["4 registers"].exempt.why == gates.ROWS_AHEAD
-    for changes in ({"ahead": 0}, {"tiles": [(1, 4096)]}, {"kernel": "channel_moments"}):
+    others = {"ahead": 0}, {"tiles": [(1, 4096)]}, {"kernel": "channel_moments"}, {"registers": 233}
+    for changes in others:
         assert of(gates.OF_KERNELS, replace(tiles, **changes))["4 registers"].fails
 
 

@@ -147,11 +147,12 @@ def test_a_program_waits_in_every_step_of_its_loops():
 
 
 def test_loads_ahead_are_waited_for_beside_the_work():
-    """Of a step the longer one: its work, or the part of a load's latency and of its turn at the memory
-    that steps ahead leave of them."""
+    """Of a step the longest: its work, its loads' turn at the memory, or the part of their latency and
+    of their turn that steps ahead leave of them."""
     ahead = model.Steps(8, busy=100, latency=600, read=8 * 900, ahead=3)
     assert ahead.ns(rate=3) == pytest.approx(8 * (600 + 300) / 3)
     assert ahead.ns(rate=90) == pytest.approx(8 * (600 + 10) / 3)
+    assert ahead.ns(rate=2) == pytest.approx(8 * 450)  # its turn alone is longer
     assert replace(ahead, busy=400).ns(rate=3) == pytest.approx(8 * 400)
     assert replace(ahead, ahead=1, busy=899).ns(rate=3) == pytest.approx(8 * 900)
 

@@ -56,17 +56,12 @@ where one tile would be 8,192."""
 BACKWARD_CHUNKS = {2: (1, 3), 4: (1, 3, 5), 8: (1,)}
 """The same for the backward pass: 5 of bfloat16 spill."""
 
-CHUNK_REGISTERS = 128
-"""Registers a thread, at most, of the backward pass over such tiles that are not loaded ahead, so that
-two blocks of 8 warps on an SM wait for each other's. Left alone, the assembler takes 180, for one
-(unmeasured)."""
-
 CHUNK_WARPS = 16
 """Warps of a program over such tiles, at most: with more a thread has fewer than 128 registers."""
 
 LEAST_BACKWARD_CHUNKS = 4096
-"""Bytes of a row above which they are used: its chunks then take all threads. Of several short rows the
-weight would be held beside x and dy, which spills."""
+"""Bytes of a row above which they are used. Of several short rows the weight would be held beside x and
+dy, which spills."""
 
 CHUNK_BYTES = 64
 """Bytes of a row, at least, in each of several tiles: two of DRAM's 32-byte sectors (unmeasured)."""
@@ -255,8 +250,7 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
         if tile.chunks == 1:
             return one_tile
         if tile.num_warps <= CHUNK_WARPS:
-            staged = _staged(tile, n, itemsize)
-            return staged if staged.stages > 1 else replace(tile, registers=CHUNK_REGISTERS)
+            return _staged(tile, n, itemsize)
     return _resident(n, itemsize, narrow, narrow, (1,))
 
 
@@ -269,10 +263,10 @@ def from_output(tile: RowTile, n: int, itemsize: int) -> RowTile:
     """The tile of the backward pass over rows that `tile` holds, if it starts from the output: the
     inverse of the weight takes the registers of several tiles side by side, of rows that are loaded
     ahead, and of the addresses of narrow accesses."""
-    one_row = tile.rows == 1 and tile.chunks > 1
+    long = tile.chunks > 1 and n > LEAST_BACKWARD_CHUNKS // itemsize
     narrow = tile.chunks == 1 and n <= tile.block_n and not whole_words(n, itemsize)
-    if one_row or narrow:
-        a_thread = BACKWARD_ELEMENTS[itemsize] if one_row else NARROW_BACKWARD_ELEMENTS
+    if long or narrow:
+        a_thread = BACKWARD_ELEMENTS[itemsize] if long else NARROW_BACKWARD_ELEMENTS
         tile = _resident(n, itemsize, a_thread, NARROW_BACKWARD_ELEMENTS, (1,))
     registers = tile.registers if tile.num_ctas == 1 else None
     return replace(tile, stages=1, registers=registers)
