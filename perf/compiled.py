@@ -120,7 +120,8 @@ class Lowered:
     fold_steps: float = 1.0  # the same of tiles of partial results
     ahead: int = 0  # steps by which a program's loads are ahead of what it computes
     cooperative: bool = False
-    units: float = 1.0  # of a team's launch: the part of them that its programs work on at once
+    turns: float = 1.0  # of a team: units, or rows, that it takes, one after another
+    pieces: float = 1.0  # how often a program of a team goes through a loop over tiles
     tensor_bytes: dict[str, int] = field(default_factory=dict)  # sizes, those of all layers as one
     regions: list[Region] = field(default_factory=lambda: [Region()])
     uneven_sums: int = 0  # of lanes, see assembly.py
@@ -180,19 +181,25 @@ class Lowered:
     @property
     def executions(self) -> list[float]:
         """How often a program goes through each region, on average. A loop over tiles, or over partial
-        results, goes once through what its accesses cover; one that accesses neither runs as often as
-        what is within it, which is the most it can."""
+        results, goes once through what its accesses cover. Of the others, a loop around one over tiles
+        is a team's over pieces, and one where programs arrive goes through its turns; what is left runs
+        as often as what is within it, which is the most it can."""
         a_thread = max(self.tile_bytes / self.threads, self.itemsize)
         loops = {name: self.loops_over(name) for name in ACTIVATIONS}
         steps = dict.fromkeys(range(len(self.regions)), self.steps)
         if self.kernel in FIRST_ELEMENTS:
             steps |= zip(loops["x"][:2], (self.steps - self.last_steps, self.last_steps), strict=False)
+        around = {self.regions[i].parent for some in loops.values() for i in some}
         found = [1.0] * len(self.regions)
         for i in reversed(range(1, len(found))):
             touched = self.regions[i].touched
             of_tiles = [touched[name] for name in ACTIVATIONS if i in loops[name]]
             if of_tiles:
                 found[i] = steps[i] * a_thread / max(of_tiles)
+            elif i in around:
+                found[i] = self.pieces
+            elif "arrivals" in touched:
+                found[i] = self.turns
             elif any(name.endswith("_partial") for name in touched):
                 found[i] = self.fold_steps
             else:
@@ -300,16 +307,30 @@ def _last_steps(arguments, programs: int) -> float:
     return arguments["N"] * ceil(arguments["C"] / arguments["BLOCK_C"]) / programs
 
 
-def _fold_steps(arguments, programs: int, partials) -> float:
-    """Tiles of partial results that a program adds up; or the walks that a row team takes, each of which
-    ends with some."""
-    if "WALKS" in arguments:
-        return arguments["WALKS"] * ceil(arguments["N"] / arguments["BLOCK_N"]) / programs
+def _turns(arguments, programs: int) -> tuple[float, float]:
+    """Units or rows that a team takes, one after another; and how often its programs go through a loop
+    over tiles, of pieces or of the rows of a walk."""
+    if "UNITS" in arguments:
+        turns = arguments["UNITS"] / (programs / arguments["WIDTH"])
+        return turns, turns * arguments["MEMBERS"] / arguments["WIDTH"]
+    if "arrivals_ptr" in arguments:
+        teams = programs / ceil(arguments["N"] / arguments["BLOCK_N"])
+        return arguments["M"] / teams, arguments.get("WALKS", teams) / teams
+    return 1.0, 1.0
+
+
+def _fold_steps(arguments, turns: float, partials) -> float:
+    """Tiles of partial results that a program adds up, of a team that with the most folds."""
     if "BLOCK_P" not in arguments or not partials:
         return 1.0
     pieces = arguments.get("PIECES") or partials[0].shape[0]
     across = ceil(arguments["CG"] / arguments["BLOCK_C"]) if arguments.get("ONE_SET") else 1
-    return ceil(pieces / arguments["BLOCK_P"]) * across
+    folds = 1
+    if "UNITS" in arguments:
+        channels = min(arguments["BLOCKS"] * arguments["BLOCK_C"], arguments["C"])
+        width = arguments["CG"] if arguments["ONE_SET"] else arguments["FOLD_C"]
+        folds = ceil(ceil(channels / width) / arguments["WIDTH"])
+    return ceil(pieces / arguments["BLOCK_P"]) * across * folds * turns
 
 
 def operands_of(kernel, arguments) -> list[tuple[str, Any]]:
@@ -344,6 +365,7 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
     widths, regions = assembly.read_ptx(compiled.asm["ptx"], pointers)
 
     programs = prod(grid)
+    turns, pieces = _turns(arguments, programs)
     named = defaultdict(list)
     for name, tensor in tensors(arguments).items():
         named[name.partition("[")[0]].append(tensor)  # x of x[0], a layer's
@@ -367,11 +389,12 @@ def inspect(kernel, grid, arguments, compiled, case: Case, target: str, variant:
         steps=_steps(arguments, programs, named["x"]),
         last_steps=_last_steps(arguments, programs) if kernel.__name__ in FIRST_ELEMENTS else 0.0,
         fold_steps=_fold_steps(
-            arguments, programs, [t[0] for n, t in named.items() if n.endswith("_partial")]
+            arguments, turns, [t[0] for n, t in named.items() if n.endswith("_partial")]
         ),
         ahead=arguments.get("STAGES", 1) - 1,
         cooperative=arguments.get("launch_cooperative_grid", False),
-        units=programs / arguments["WIDTH"] / arguments["UNITS"] if "UNITS" in arguments else 1.0,
+        turns=turns,
+        pieces=pieces,
         tensor_bytes={name: sum(t.nbytes for t in some) for name, some in named.items()},
         regions=regions,
         uneven_sums=assembly.uneven_sums(compiled.asm["ptx"]),

@@ -9,6 +9,7 @@ memory, b, of which r for what it reads, and at the schedulers, c. A wave of R b
 (what a block stores leaves while the next one waits). A loop whose loads are d steps ahead of what it
 computes adds to T + r, a step, the longest of what it computes, its turn at the memory, s, and
 (l + s) / d: what it loads arrives after a latency l and its turn, and d steps later it has to be there.
+The first d steps wait no l, as what is before the loop waits for their loads, together.
 The last wave may be a partial one, and has its own maximum: what it takes beyond its share is the tail.
 A pass is the sum of its launches.
 
@@ -67,12 +68,14 @@ class Steps:
     latency: float = 0.0  # nanoseconds a step until its loads arrive
     read: float = 0.0  # bytes of device memory that all steps read
     ahead: int = 0  # steps by which loads are ahead of what is computed
+    starts: float = 1.0  # how often the loop is entered
 
     def ns(self, rate: float) -> float:
         """The time of all steps where a block reads `rate` bytes a nanosecond."""
         if not self.ahead:
             return self.times * (self.busy + self.latency) + self.read / rate
-        arrives = (self.times * self.latency + self.read / rate) / self.ahead
+        waits = max(self.times - self.ahead * self.starts, 0)
+        arrives = (waits * self.latency + self.read / rate) / self.ahead
         return max(self.times * self.busy, self.read / rate, arrives)
 
 
@@ -148,10 +151,11 @@ def launch_time(work: Work, device: Device) -> Prediction:
 
 def block_steps(k: Lowered, device: Device, reads: dict[str, float]) -> tuple[Steps, ...]:
     """What a block does in each region, of a launch that reads so many bytes of each tensor. The loads
-    of an iteration are waited for together."""
+    of an iteration are waited for together; those that are ahead are of tiles."""
     times = k.executions
     counts = k.instructions or [0.0] * len(k.regions)
     whole = {name: sum(map(mul, times, (r.loads.get(name, 0) for r in k.regions))) for name in reads}
+    of_tiles = {i for name in INPUTS for i in k.loops_over(name)}
     found = []
     for i, region in enumerate(k.regions):
         cycles = counts[i] * INSTRUCTION_CYCLES + region.barriers * BARRIER_CYCLES
@@ -160,8 +164,16 @@ def block_steps(k: Lowered, device: Device, reads: dict[str, float]) -> tuple[St
             far = any(name in ACTIVATIONS for name in region.loads)
             latency = device.dram_latency if far else device.l2_latency
         read = sum(reads[name] * region.loads.get(name, 0) / whole[name] for name in reads)
-        ahead = k.ahead if i and latency else 0
-        found.append(Steps(times[i], cycles / device.clock, latency, times[i] * read / k.blocks, ahead))
+        found.append(
+            Steps(
+                times=times[i],
+                busy=cycles / device.clock,
+                latency=latency,
+                read=times[i] * read / k.blocks,
+                ahead=k.ahead if i in of_tiles else 0,
+                starts=times[region.parent] if region.parent is not None else 1.0,
+            )
+        )
     return tuple(found)
 
 
@@ -171,7 +183,7 @@ def device_bytes(k: Lowered, device: Device, held: bool) -> tuple[float, dict[st
     many fewer bytes; what a program reads again while it lasts; and the inputs if they are `held` since
     an earlier launch. Partial results that are written leave L2 in the end."""
     share = l2.kept_bytes(device.facts)
-    at_once = min(k.resident * device.processors / k.blocks, 1) * k.units
+    at_once = min(k.resident * device.processors / k.blocks, 1) / k.turns
     moved, reads = 0.0, {}
     for name, size in k.tensor_bytes.items():
         if name in k.sweeps:

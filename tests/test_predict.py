@@ -148,13 +148,15 @@ def test_a_program_waits_in_every_step_of_its_loops():
 
 def test_loads_ahead_are_waited_for_beside_the_work():
     """Of a step the longest: its work, its loads' turn at the memory, or the part of their latency and
-    of their turn that steps ahead leave of them."""
-    ahead = model.Steps(8, busy=100, latency=600, read=8 * 900, ahead=3)
-    assert ahead.ns(rate=3) == pytest.approx(8 * (600 + 300) / 3)
-    assert ahead.ns(rate=90) == pytest.approx(8 * (600 + 10) / 3)
-    assert ahead.ns(rate=2) == pytest.approx(8 * 450)  # its turn alone is longer
-    assert replace(ahead, busy=400).ns(rate=3) == pytest.approx(8 * 400)
-    assert replace(ahead, ahead=1, busy=899).ns(rate=3) == pytest.approx(8 * 900)
+    of their turn that steps ahead leave of them. The first steps' latency is not the loop's."""
+    ahead = model.Steps(12, busy=100, latency=600, read=12 * 900, ahead=3)
+    assert ahead.ns(rate=9) == pytest.approx((9 * 600 + 12 * 100) / 3)
+    assert ahead.ns(rate=90) == pytest.approx((9 * 600 + 12 * 10) / 3)
+    assert ahead.ns(rate=2) == pytest.approx(12 * 450)  # its turn alone is longer
+    assert replace(ahead, busy=400).ns(rate=3) == pytest.approx(12 * 400)
+    assert replace(ahead, ahead=1, busy=849).ns(rate=3) == pytest.approx(11 * 600 + 12 * 300)
+    assert replace(ahead, starts=2).ns(rate=9) == pytest.approx((6 * 600 + 12 * 100) / 3)
+    assert replace(ahead, starts=6).ns(rate=9) == pytest.approx(12 * 100)  # all loads stand before it
 
 
 def test_loads_ahead_of_a_kernel():
@@ -164,7 +166,8 @@ def test_loads_ahead_of_a_kernel():
     ahead = walking(regions=[first, loop], instructions=[0.0, 100.0], ahead=1)
     found = model.block_steps(ahead, TOY, {"x": 1024 * 9 * 10})
     assert found[0] == model.Steps(1, 0, latency=600, read=10)
-    assert (found[1].times, found[1].ahead, found[1].read) == (8, 1, pytest.approx(80))
+    assert (found[1].times, found[1].ahead, found[1].starts) == (8, 1, 1)
+    assert found[1].read == pytest.approx(80)
     assert ahead.sweeps["x"] == 1
 
 
@@ -180,12 +183,24 @@ def test_loops_around_and_folds():
     around, within = Region(parent=0), Region(parent=1, loads={"dweight_partial": 4})
     k = walking(regions=[Region(), around, within], fold_steps=3.0, widths={}, tensor_bytes={})
     assert k.executions == [1, 3, 3]
-    quiet = replace(k, instructions=None)
-    assert [steps.times * steps.latency for steps in model.block_steps(quiet, TOY, {})] == [
-        0,
-        0,
-        3 * 200,
-    ]
+    quiet = replace(k, instructions=None, ahead=3)
+    once, outer, fold = model.block_steps(quiet, TOY, {})
+    assert (once.latency, outer.latency) == (0, 0)
+    assert (fold.times, fold.latency, fold.ahead) == (3, 200, 0)  # tiles alone are ahead
+
+
+def test_a_team_takes_units_and_their_pieces_one_after_another():
+    """24 tiles in 6 pieces of 2 units: a unit's programs meet and fold, a piece waits for its first
+    tiles."""
+    tiles = Region(parent=2, loads={"x": 32})
+    unit, piece = Region(parent=0, stores={"arrivals": 4}), Region(parent=1, loads={"x": 96})
+    meeting, fold = Region(parent=1, loads={"arrivals": 4}), Region(parent=1, loads={"mean_partial": 8})
+    regions = [Region(), unit, piece, tiles, meeting, fold]
+    k = kernel(regions=regions, instructions=None, ahead=3, steps=24, turns=2, pieces=6, fold_steps=4)
+    assert k.executions == [1, 2, 6, 24, 2, 4]
+    _, _, first, ahead, *_ = model.block_steps(k, TOY, {})
+    assert (first.times, first.latency, first.ahead) == (6, 600, 0)
+    assert (ahead.times, ahead.latency, ahead.ahead, ahead.starts) == (24, 600, 3, 6)
 
 
 def keeping(size: int) -> Device:
@@ -206,7 +221,7 @@ def test_what_is_read_twice():
     assert model.device_bytes(k, large, held=False) == once
     small = keeping(59 * 8 * KB)
     assert model.device_bytes(k, small, held=False) == twice
-    team = replace(k, units=0.5)  # half of the rows wait for the others
+    team = replace(k, turns=2)  # half of the rows wait for the others
     assert model.device_bytes(team, keeping(30 * 8 * KB), held=False) == once
     assert model.device_bytes(team, keeping(29 * 8 * KB), held=False) == twice
 
@@ -324,10 +339,20 @@ def test_the_blocks_of_a_cluster_share_a_program():
 
 
 def test_a_row_team_walks_as_often_as_its_teams_must():
-    """20 walks, of 3 teams of 4 programs each; a fold goes through tiles of pieces."""
-    arguments = dict(BLOCK_P=4, WALKS=20, N=4096, BLOCK_N=1024)
-    assert compiled._fold_steps(arguments, 12, []) == pytest.approx(20 / 3)
-    assert compiled._fold_steps(dict(BLOCK_P=4, PIECES=9), 12, [torch.empty(9, 2)]) == 3
+    """20 walks through 90 rows, of 3 teams of 4 programs each."""
+    forward = dict(arrivals_ptr=None, M=90, N=4096, BLOCK_N=1024)
+    assert compiled._turns(forward, 12) == (30, 1)
+    assert compiled._turns(dict(forward, WALKS=20), 12) == (30, pytest.approx(20 / 3))
+
+
+def test_a_team_folds_in_turns():
+    """A fold goes through tiles of pieces. 2 teams of 4 programs take 6 units of 12 pieces, and of 40
+    channels, of which a fold takes 8: a program has two at most."""
+    assert compiled._turns({}, 12) == (1, 1)
+    assert compiled._fold_steps(dict(BLOCK_P=4, PIECES=9), 1, [torch.empty(9, 2)]) == 3
+    team = dict(UNITS=6, MEMBERS=12, WIDTH=4, BLOCKS=5, BLOCK_C=8, C=40, CG=10, FOLD_C=8, ONE_SET=False)
+    assert compiled._turns(team, 8) == (3, 9)
+    assert compiled._fold_steps(dict(team, BLOCK_P=4, PIECES=9), 3, [torch.empty(9, 2)]) == 3 * 2 * 3
 
 
 def test_predict_refuses_the_interpreter_and_unknown_shapes(monkeypatch, capsys):
