@@ -242,8 +242,8 @@ def row_backward(
     dtype: tl.constexpr = compute_dtype(x_ptr.dtype.element_ty)
     program = tl.program_id(1).to(tl.int64)
     lanes = tl.program_id(0) * (CHUNKS * BLOCK_N) + tl.arange(0, BLOCK_N)
-    # The weight of several long tiles takes too many registers, unless rows are on their way without:
-    # it is loaded again with every row.
+    # The weight of several long tiles is loaded again with every row where x and dy take the registers;
+    # rows that are on their way to shared memory leave room for it.
     HELD: tl.constexpr = CHUNKS == 1 or ROWS > 1 or STAGES > 1
     WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
     ALONE: tl.constexpr = alone(BLOCK_N, WORD)

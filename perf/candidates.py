@@ -8,11 +8,7 @@ from math import ceil, prod
 from tritonnorm.heuristics import table
 from tritonnorm.heuristics.channels import GroupTile, Pieces
 from tritonnorm.heuristics.common import MAX_WARPS, WARP, RowTile, power_of_two, registers
-from tritonnorm.heuristics.rows import (
-    BACKWARD_CHUNKS,
-    BACKWARD_STAGES,
-    FORWARD_CHUNKS,
-)
+from tritonnorm.heuristics.rows import BACKWARD_CHUNKS, BACKWARD_STAGES, FORWARD_CHUNKS
 
 STEPS = (0.5, 2)
 """The numbers that are varied are powers of two, and their neighbours half and twice of them; no

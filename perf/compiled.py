@@ -324,12 +324,14 @@ def _fold_steps(arguments, turns: float, partials) -> float:
     if "BLOCK_P" not in arguments or not partials:
         return 1.0
     pieces = arguments.get("PIECES") or partials[0].shape[0]
-    across = ceil(arguments["CG"] / arguments["BLOCK_C"]) if arguments.get("ONE_SET") else 1
+    columns = arguments.get("FOLD_C", arguments.get("BLOCK_C"))
+    across = ceil(arguments["CG"] / columns) if arguments.get("ONE_SET") else 1
     folds = 1
     if "UNITS" in arguments:
         channels = min(arguments["BLOCKS"] * arguments["BLOCK_C"], arguments["C"])
-        width = arguments["CG"] if arguments["ONE_SET"] else arguments["FOLD_C"]
-        folds = ceil(ceil(channels / width) / arguments["WIDTH"])
+        folds = ceil(
+            ceil(channels / (arguments["CG"] if arguments["ONE_SET"] else columns)) / arguments["WIDTH"]
+        )
     return ceil(pieces / arguments["BLOCK_P"]) * across * folds * turns
 
 

@@ -16,6 +16,9 @@ from .shapes import DTYPES, OPERATORS
 REGISTERS = {"forward": 96, "backward": 128}
 """Registers a thread, at most: with more an SM holds too few warps to keep its loads coming."""
 
+AHEAD_REGISTERS = 232
+"""The same of rows in several tiles that are loaded ahead: 225 at most with Triton 3.9.0 and 3.6.0."""
+
 IN_FLIGHT = {"sm_80": 24 * KB, "sm_90": 32 * KB, "sm_100": 64 * KB}
 """Bytes in flight an SM, at least: bandwidth times latency under load."""
 
@@ -162,7 +165,7 @@ def _column_parameters(k: Lowered) -> bool:
 
 def _tiles_ahead(k: Lowered) -> bool:
     several = k.tile[1].bit_count() > 1  # tiles, whose columns are a power of two each
-    return k.kernel == "row_backward" and k.ahead > 1 and several and k.registers <= 232
+    return k.kernel == "row_backward" and k.ahead > 1 and several and k.registers <= AHEAD_REGISTERS
 
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"

@@ -352,7 +352,9 @@ def test_a_team_folds_in_turns():
     assert compiled._fold_steps(dict(BLOCK_P=4, PIECES=9), 1, [torch.empty(9, 2)]) == 3
     team = dict(UNITS=6, MEMBERS=12, WIDTH=4, BLOCKS=5, BLOCK_C=8, C=40, CG=10, FOLD_C=8, ONE_SET=False)
     assert compiled._turns(team, 8) == (3, 9)
-    assert compiled._fold_steps(dict(team, BLOCK_P=4, PIECES=9), 3, [torch.empty(9, 2)]) == 3 * 2 * 3
+    team |= dict(BLOCK_P=4, PIECES=9)
+    assert compiled._fold_steps(team, 3, [torch.empty(9, 2)]) == 3 * 2 * 3
+    assert compiled._fold_steps(dict(team, ONE_SET=True), 3, [torch.empty(9, 2)]) == 3 * 2 * 3
 
 
 def test_predict_refuses_the_interpreter_and_unknown_shapes(monkeypatch, capsys):

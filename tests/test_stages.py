@@ -83,8 +83,8 @@ def test_weights_in_pieces(shape, dim, device, monkeypatch):
         (256, torch.bfloat16),
         (1000, torch.float16),
         (4096, torch.float32),
-        (2560, torch.bfloat16),  # in three tiles; and in five
-        (2560, torch.float32),
+        (2560, torch.bfloat16),  # in three tiles
+        (2560, torch.float32),  # in five
     ],
 )
 def test_rows(operator, n, dtype, device, monkeypatch):
