@@ -11,8 +11,9 @@ columns, COLUMNS of which are a channel's.
 import triton
 import triton.language as tl
 
+from .arithmetic import add, multiply, multiply_add, product, subtract
 from .names import kernel
-from .primitives import bytes_of, compute_dtype, inverse_deviation, product
+from .primitives import bytes_of, compute_dtype, inverse_deviation, normalized, widened
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def load_tile(
 ):
     """A tile `[BLOCK_C, BLOCK_S]` in the compute dtype; zero in the padding lanes."""
     pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, start)
-    return tl.load(pointers, mask, other=0.0).to(compute_dtype(ptr.dtype.element_ty))
+    return widened(tl.load(pointers, mask, other=0.0))
 
 
 @triton.jit
@@ -255,22 +256,22 @@ def channel_moments(
         for _ in tl.range(0, count_tiles((image, last_image, start, stop), BLOCK_S), num_stages=STAGES):
             x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, at)
             if WIDE:
-                x -= shift[:, None]
+                x = subtract(x, shift[:, None])
             if part == 1:
                 x = tl.where(mask, x, lane_mean)  # where a tile has no element, nothing changes
             steps += 1.0
-            delta = x - lane_mean
-            lane_mean += delta * (1.0 / steps)
-            lane_squares += delta * (x - lane_mean)
+            delta = subtract(x, lane_mean)
+            lane_mean = multiply_add(delta, 1.0 / steps, lane_mean)
+            lane_squares = multiply_add(delta, subtract(x, lane_mean), lane_squares)
             n, at = next_tile(n, at, start, stop, BLOCK_S)
 
     counts = tl.where(whole + lanes < end, steps, whole_steps)[None, :]
     if not WIDE:
-        lane_mean -= shift[:, None]
+        lane_mean = subtract(lane_mean, shift[:, None])
     share = 1.0 / ((last_image - image).to(dtype) * (end - first).to(dtype))
     mean = tl.sum(product(lane_mean, counts * share, ALONE=True), axis=1)
-    deviation = lane_mean - mean[:, None]
-    squares = tl.sum(lane_squares + counts * deviation * deviation, axis=1)
+    deviation = subtract(lane_mean, mean[:, None])
+    squares = tl.sum(multiply_add(multiply(deviation, counts), deviation, lane_squares), axis=1)
 
     partial = partial_places(piece, columns, C, S, STEPS * BLOCK_S, COLUMNS)
     tl.store(mean_partial_ptr + partial, shift.to(tl.float64) + mean.to(tl.float64), present)
@@ -330,7 +331,7 @@ def channel_normalize(
         start = last - back
         mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
         x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-        y = (x - mean[:, None]) * factor[:, None] + constant[:, None]
+        y = multiply_add(subtract(x, mean[:, None]), factor[:, None], constant[:, None])
         store_tile(y_ptr, y, n, columns, lanes, mask, y_strides, ADJACENT, ALIGN, start)
         n, back = next_tile(n, back, 0, end - first, BLOCK_S, IMAGE=-1)
 
@@ -388,10 +389,10 @@ def channel_gradient_sums(
         mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
         dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
         x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-        dweight += dy * tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
-        dbias += dy
+        dweight = multiply_add(dy, normalized(x, (rstd, mean), rstd, mask), dweight)
+        dbias = add(dbias, dy)
         if dx_ptr is not None:
-            dx = dy * factor[:, None]
+            dx = multiply(dy, factor[:, None])
             store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
         n, start = next_tile(n, start, first, end, BLOCK_S)
 
@@ -451,7 +452,8 @@ def channel_input_gradient(
         mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
         dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
         x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-        x_hat = (x - mean[:, None]) * rstd[:, None]
-        dx = dy * factor[:, None] - constant[:, None] - x_hat * slope[:, None]
+        x_hat = multiply(subtract(x, mean[:, None]), rstd[:, None])
+        dx = multiply_add(dy, factor[:, None], -constant[:, None])
+        dx = multiply_add(x_hat, -slope[:, None], dx)
         store_tile(dx_ptr, dx, n, columns, lanes, mask, dx_strides, ADJACENT, ALIGN, start)
         n, back = next_tile(n, back, 0, end - first, BLOCK_S, IMAGE=-1)

@@ -9,6 +9,7 @@ made of.
 import triton
 import triton.language as tl
 
+from .arithmetic import multiply_add, product, subtract
 from .channel import (
     known_to_divide,
     load_channels,
@@ -25,8 +26,6 @@ from .primitives import (
     centers_twice,
     compute_dtype,
     inverse_deviation,
-    normalized,
-    product,
     row_sum,
     summed_products,
     times,
@@ -90,7 +89,7 @@ def center_groups(tiles, masks, inverse_count, CG: tl.constexpr, GROUPS: tl.cons
     deviations = ()
     for i in tl.static_range(len(tiles)):
         # Selecting what is subtracted takes an instruction for adjacent lanes together.
-        deviations += (tiles[i] - tl.where(masks[i], mean[:, None], 0.0),)
+        deviations += (subtract(tiles[i], tl.where(masks[i], mean[:, None], 0.0)),)
     return mean, deviations
 
 
@@ -152,7 +151,7 @@ def group_forward(
     if bias_ptr is not None:
         shift += load_channels(bias_ptr, channels, present, dtype)
     for i in tl.static_range(CHUNKS):
-        y = deviations[i] * factor[:, None] + shift[:, None]
+        y = multiply_add(deviations[i], factor[:, None], shift[:, None])
         positions = i * BLOCK_S + lanes
         store_tile(y_ptr, y, image, channels, positions, masks[i], y_strides, ADJACENT, ALIGN)
 
@@ -223,7 +222,8 @@ def group_backward(
         rstd = load_channels(rstd_ptr, sets, present, dtype)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            x_hats += (normalized(xs[i], (rstd, mean), rstd, masks[i]),)
+            # Here and below not in pairs, of neighbouring registers: with them it spills.
+            x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], rstd[:, None], 0.0),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)
@@ -235,7 +235,8 @@ def group_backward(
             c2 = times(over_groups(product(dy_sum, weight, ALONE=True), CG, GROUPS), inverse_count)
             factor, c1, c2 = weight * rstd, c1 * rstd, c2 * rstd
             for i in tl.static_range(CHUNKS):
-                dx = dys[i] * factor[:, None] - c2[:, None] - x_hats[i] * c1[:, None]
+                dx = tl.fma(dys[i], factor[:, None], -c2[:, None])
+                dx = tl.fma(x_hats[i], -c1[:, None], dx)
                 positions = i * BLOCK_S + lanes
                 store_tile(dx_ptr, dx, image, channels, positions, masks[i], dx_strides, ADJACENT, ALIGN)
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .arithmetic import add, come_in_pairs, multiply, multiply_add, product, runs_ptx, subtract
+
 
 @triton.constexpr_function
 def compute_dtype(dtype):
@@ -61,31 +63,60 @@ def tile_mask(rows, cols, M, R2, N: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(ptr, rows, cols, strides, sizes, ALIGN: tl.constexpr):
-    """Pointers `[ROWS, BLOCK_N]` to the elements `cols` of `rows` (int64), which count through the
-    sizes [.., R1, R2] of `sizes` = (M, R1, R2) as the first three `strides` have them in memory.
+def aligned(ptrs, offsets, ALIGN: tl.constexpr):
+    """ptrs + offsets, where rows start. ALIGN, in elements, is what the host knows of every row's
+    alignment; None where neighbours in memory are rows. This hint, and not the specialization of single
+    arguments, decides the access width, and with it the order of sums: a slice of a batch takes the same
+    code as the batch. It belongs to an addition, and is lost on what another function returned.
+    """
+    ptrs += offsets
+    if ALIGN is not None:
+        ptrs = tl.multiple_of(ptrs, bytes_of(ptrs.dtype.scalar.element_ty, ALIGN))
+    return ptrs
+
+
+@triton.jit
+def row_pointers(ptr, rows, strides, sizes, ALIGN: tl.constexpr):
+    """Where `rows` (int64) start, which count through the sizes [.., R1, R2] of `sizes` = (M, R1, R2)
+    as the first three `strides` have them in memory.
 
     The index arithmetic runs in M's own width, so that divisions are 32-bit unless M needs more.
-    ALIGN, in elements, is what the host knows of every row's alignment. This hint, and not the
-    specialization of single arguments, decides the access width, and with it the order of sums: a
-    slice of a batch takes the same code as the batch. It is None where neighbours in memory are rows.
     """
     M, R1, R2 = sizes
     index = rows.to(M.dtype)
     offsets = (index // R2 // R1).to(tl.int64) * strides[0]
     offsets += (index // R2 % R1).to(tl.int64) * strides[1]
     offsets += (index % R2).to(tl.int64) * strides[2]
-    row_ptrs = ptr + offsets
-    if ALIGN is not None:
-        row_ptrs = tl.multiple_of(row_ptrs, bytes_of(ptr.dtype.element_ty, ALIGN))
+    return aligned(ptr, offsets, ALIGN)
+
+
+@triton.constexpr_function
+def evenly_apart(R1, R2):
+    """Whether rows are known to have one step between them: a size that is 1 arrives as a constant,
+    others, and all of the interpreter's, as tensors."""
+    return type(R1) is int and type(R2) is int and R1 == R2 == 1
+
+
+@triton.jit
+def across(row_ptrs, cols, strides):
+    """Pointers `[ROWS, BLOCK_N]` to the elements `cols` of rows that start at `row_ptrs`."""
     return row_ptrs[:, None] + (cols.to(tl.int64) * strides[3])[None, :]
+
+
+@triton.jit
+def tile_pointers(ptr, rows, cols, strides, sizes, ALIGN: tl.constexpr):
+    """Pointers `[ROWS, BLOCK_N]` to the elements `cols` of `rows`."""
+    return across(row_pointers(ptr, rows, strides, sizes, ALIGN), cols, strides)
 
 
 @triton.jit
 def widened(x):
     """x in the compute dtype."""
-    if x.dtype == tl.bfloat16:
-        # A shift, where the conversion takes two instructions for every other element.
+    if x.dtype == tl.bfloat16 and come_in_pairs(x.shape) and runs_ptx():
+        # An instruction an element, where the conversion takes two for every other one.
+        apart: tl.constexpr = "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;"
+        wide = tl.inline_asm_elementwise(apart, "=&r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    elif x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         wide = bits.to(tl.float32, bitcast=True)
     else:
@@ -94,17 +125,23 @@ def widened(x):
 
 
 @triton.jit
+def load_wide(pointers, mask):
+    """What is at pointers, in the compute dtype; zero where the mask is not set."""
+    return widened(tl.load(pointers, mask, other=0.0))
+
+
+@triton.jit
 def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
     """A tile `[ROWS, BLOCK_N]` in the compute dtype; zero in the padding lanes."""
-    return widened(tl.load(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask, other=0.0))
+    return load_wide(tile_pointers(ptr, rows, cols, strides, sizes, ALIGN), mask)
 
 
 @triton.jit
 def load_statistics(mean_ptr, spread_ptr, rows, M):
     """What is saved of rows: `(spread,)` or, where they have a mean, `(spread, mean)`, of `[ROWS]`."""
-    saved = (tl.load(spread_ptr + rows, rows < M, other=0.0),)
+    saved = (widened(tl.load(spread_ptr + rows, rows < M, other=0.0)),)
     if mean_ptr is not None:
-        saved += (tl.load(mean_ptr + rows, rows < M, other=0.0),)
+        saved += (widened(tl.load(mean_ptr + rows, rows < M, other=0.0)),)
     return saved
 
 
@@ -150,35 +187,24 @@ def plus(tiles, others):
     """The sums, tile by tile, of tiles side by side: a tuple of `[ROWS, BLOCK_N]`."""
     sums = ()
     for i in tl.static_range(len(tiles)):
-        sums += (tiles[i] + others[i],)
+        sums += (add(tiles[i], others[i]),)
     return sums
 
 
 @triton.jit
-def product(a, b, ALONE: tl.constexpr):
-    """a * b, of which sums over lanes are wanted. ALONE says that a thread may have one element of a
-    sum: no FMA may then add its product to another lane's, which is rounded as its own would not be.
-    The two lanes would have two sums, of which shared memory takes either."""
-    if ALONE:
-        found = tl.fma(a, b, tl.zeros_like(a))
-    else:
-        found = a * b
-    return found
-
-
-@triton.jit
-def products(tiles, others):
-    """The products, tile by tile, of tiles side by side."""
-    found = ()
+def plus_products(tiles, factors, others):
+    """The sums, tile by tile, of tiles side by side and of the products of two more."""
+    sums = ()
     for i in tl.static_range(len(tiles)):
-        found += (tiles[i] * others[i],)
-    return found
+        sums += (multiply_add(factors[i], others[i], tiles[i]),)
+    return sums
 
 
 @triton.jit
 def summed_products(tiles, others, ALONE: tl.constexpr):
-    """The same, whose row sums are wanted. The first of several tiles is rounded, FMAs add the others to
-    it: of a sum of two products the compiler rounds one or the other, not the same in all kernels."""
+    """The products, tile by tile, whose row sums are wanted. The first of several tiles is rounded, FMAs
+    add the others to it: of a sum of two products the compiler rounds one or the other, not the same in
+    all kernels."""
     found = ()
     for i in tl.static_range(len(tiles)):
         found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
@@ -235,7 +261,7 @@ def center(tiles, masks, N: tl.constexpr):
     deviations = ()
     for i in tl.static_range(len(tiles)):
         # Selecting what is subtracted takes an instruction for adjacent lanes together.
-        deviations += (tiles[i] - without_padding(mean[:, None], masks[i], N),)
+        deviations += (subtract(tiles[i], without_padding(mean[:, None], masks[i], N)),)
     return mean, deviations
 
 
@@ -286,9 +312,15 @@ def affine(
     if ROUND is not None:
         y = y.to(ROUND).to(x_hat.dtype)
     if weight_ptr is not None:
-        y *= load_parameter(weight_ptr, cols, x_hat.dtype, N, OFFSET)
+        weight = load_parameter(weight_ptr, cols, x_hat.dtype, N, OFFSET)
     if bias_ptr is not None:
-        y += load_parameter(bias_ptr, cols, x_hat.dtype, N)
+        bias = load_parameter(bias_ptr, cols, x_hat.dtype, N)
+    if weight_ptr is not None and bias_ptr is not None:
+        y = multiply_add(y, weight, bias)
+    elif weight_ptr is not None:
+        y = multiply(y, weight)
+    elif bias_ptr is not None:
+        y = add(y, bias)
     return y
 
 
@@ -300,18 +332,18 @@ def normalized(x, statistics, rstd, mask):
     infinite or NaN only where all of the row is.
     """
     if len(statistics) > 1:
-        x -= statistics[1][:, None]
-    return x * tl.where(mask, rstd[:, None], 0.0)
+        x = subtract(x, statistics[1][:, None])
+    return multiply(x, tl.where(mask, rstd[:, None], 0.0))
 
 
 @triton.jit
 def recovered(y, weight_ptr, bias_ptr, cols, mask, N: tl.constexpr, OFFSET: tl.constexpr):
     """x_hat from y = x_hat * (OFFSET + weight) + bias; zero in the padding lanes."""
     if bias_ptr is not None:
-        y -= load_parameter(bias_ptr, cols, y.dtype, N)
+        y = subtract(y, load_parameter(bias_ptr, cols, y.dtype, N))
     if weight_ptr is not None:
         weight = load_parameter(weight_ptr, cols, y.dtype, N, OFFSET)
-        y *= 1.0 / tl.where((cols < N)[None, :], weight, 1.0)
+        y = multiply(y, 1.0 / tl.where((cols < N)[None, :], weight, 1.0))
     return tl.where(mask, y, 0.0)
 
 
@@ -354,5 +386,8 @@ def gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N: tl.constexpr, NORM: t
 
 @triton.jit
 def input_gradient(wdy, x_hat, c1, c2, rstd):
-    """dx = (wdy - x_hat * c1 - c2) * rstd, for a tile and its rows' c1, c2, rstd `[ROWS]`."""
-    return (wdy - x_hat * c1[:, None] - c2[:, None]) * rstd[:, None]
+    """dx = (wdy - x_hat * c1 - c2) * rstd, for a tile and its rows' c1, c2 (or None), rstd `[ROWS]`."""
+    dx = multiply_add(x_hat, -c1[:, None], wdy)
+    if c2 is not None:
+        dx = subtract(dx, c2[:, None])
+    return multiply(dx, rstd[:, None])

@@ -6,22 +6,28 @@ A row is resident (held in registers, one read) or looped over (a second read).
 
 import triton.language as tl
 
+from .arithmetic import add, multiply, multiply_add, subtract
 from .names import kernel
 from .primitives import (
+    across,
     affine,
+    aligned,
     alone,
     between_warps,
     center,
     centers_twice,
     compute_dtype,
     divide,
+    evenly_apart,
     gradient_means,
     input_gradient,
     load_parameter,
     load_statistics,
     load_tile,
+    load_wide,
     plus,
-    products,
+    plus_products,
+    row_pointers,
     row_spread,
     row_sum,
     row_sums,
@@ -84,7 +90,7 @@ def row_forward_resident(
     rstd = scale(spread, eps, NORM)[:, None]
     for i in tl.static_range(CHUNKS):
         cols = i * BLOCK_N + lanes
-        y = affine(deviations[i] * rstd, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
+        y = affine(multiply(deviations[i], rstd), weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
         store_tile(y_ptr, y, rows, cols, masks[i], y_strides, sizes, ALIGN)
 
 
@@ -142,7 +148,7 @@ def row_forward_looped(
             cols = start + lanes
             mask = tile_mask(rows, cols, M, R2, N)
             x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
-            squares += x * x
+            squares = multiply_add(x, x, squares)
     spread = row_spread(tl.sum(squares, axis=1), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
@@ -153,8 +159,8 @@ def row_forward_looped(
         mask = tile_mask(rows, cols, M, R2, N)
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         if NORM == "layer":
-            x = (x - shift[:, None]) - rest[:, None]
-        y = affine(x * rstd[:, None], weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
+            x = subtract(subtract(x, shift[:, None]), rest[:, None])
+        y = affine(multiply(x, rstd[:, None]), weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
         store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
 
@@ -199,8 +205,8 @@ def row_gradient_means(
         x = load_tile(x_ptr, rows, cols, mask, x_strides, sizes, ALIGN)
         wdy = affine(dy, weight_ptr, None, cols, N, OFFSET)
         x_hat = saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, mask, N, OFFSET, SAVED)
-        wdy_x_hat += wdy * x_hat
-        wdy_sum += wdy
+        wdy_x_hat = multiply_add(wdy, x_hat, wdy_x_hat)
+        wdy_sum = add(wdy_sum, wdy)
 
     c1, c2 = gradient_means(tl.sum(wdy_x_hat, axis=1), tl.sum(wdy_sum, axis=1), spread, eps, N, NORM)
     tl.store(c1_ptr + rows, c1, rows < M)
@@ -256,9 +262,20 @@ def row_backward(
         dweights += (tl.zeros([ROWS, BLOCK_N], dtype),)
         dbiases += (tl.zeros([ROWS, BLOCK_N], dtype),)
 
+    # Where rows start is carried from one to the next; narrow accesses have too many addresses for that.
+    CARRIED: tl.constexpr = evenly_apart(R1, R2) and WORD > 1
     walk = tl.num_programs(1) * ROWS
+    if CARRIED:
+        rows = program * ROWS + tl.arange(0, ROWS)
+        dy_rows = row_pointers(dy_ptr, rows, dy_strides, sizes, ALIGN)
+        x_rows = row_pointers(x_ptr, rows, x_strides, sizes, ALIGN)
+        if dx_ptr is not None:
+            dx_rows = row_pointers(dx_ptr, rows, dx_strides, sizes, ALIGN)
     for start in tl.range(program * ROWS, M, walk, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
+        if not CARRIED:
+            dy_rows = row_pointers(dy_ptr, rows, dy_strides, sizes, ALIGN)
+            x_rows = row_pointers(x_ptr, rows, x_strides, sizes, ALIGN)
         statistics = load_statistics(mean_ptr, spread_ptr, rows, M)
         spread = statistics[0]
         rstd = scale(spread, eps, NORM)
@@ -268,14 +285,14 @@ def row_backward(
         for i in tl.static_range(CHUNKS):
             cols = i * BLOCK_N + lanes
             masks += (tile_mask(rows, cols, M, R2, N),)
-            dys += (load_tile(dy_ptr, rows, cols, masks[i], dy_strides, sizes, ALIGN),)
-            x = load_tile(x_ptr, rows, cols, masks[i], x_strides, sizes, ALIGN)
+            dys += (load_wide(across(dy_rows, cols, dy_strides), masks[i]),)
+            x = load_wide(across(x_rows, cols, x_strides), masks[i])
             x_hats += (
                 saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, masks[i], N, OFFSET, SAVED),
             )
 
         if dweight_partial_ptr is not None:
-            dweights = plus(dweights, products(dys, x_hats))
+            dweights = plus_products(dweights, dys, x_hats)
         if dbias_partial_ptr is not None:
             dbiases = plus(dbiases, dys)
         if dx_ptr is not None:
@@ -296,9 +313,16 @@ def row_backward(
                 else:
                     sum_wdy_x_hat, sum_wdy = row_sum(summed_products(wdys, x_hats, ALONE)), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
+            if not CARRIED:
+                dx_rows = row_pointers(dx_ptr, rows, dx_strides, sizes, ALIGN)
             for i in tl.static_range(CHUNKS):
-                dx = input_gradient(wdys[i], x_hats[i], c1, c2, rstd)
-                store_tile(dx_ptr, dx, rows, i * BLOCK_N + lanes, masks[i], dx_strides, sizes, ALIGN)
+                dx = input_gradient(wdys[i], x_hats[i], c1, c2 if NORM == "layer" else None, rstd)
+                tl.store(across(dx_rows, i * BLOCK_N + lanes, dx_strides), dx, masks[i])
+        if CARRIED:
+            dy_rows = aligned(dy_rows, walk.to(tl.int64) * dy_strides[0], ALIGN)
+            x_rows = aligned(x_rows, walk.to(tl.int64) * x_strides[0], ALIGN)
+            if dx_ptr is not None:
+                dx_rows = aligned(dx_rows, walk.to(tl.int64) * dx_strides[0], ALIGN)
 
     for i in tl.static_range(CHUNKS):
         cols = i * BLOCK_N + lanes

@@ -8,6 +8,7 @@ they found of a row, meet, fold what all have found, and apply it to what they s
 import triton
 import triton.language as tl
 
+from .arithmetic import add, multiply, multiply_add, product
 from .names import kernel
 from .primitives import (
     affine,
@@ -18,7 +19,6 @@ from .primitives import (
     load_parameter,
     load_statistics,
     load_tile,
-    product,
     row_spread,
     saved_x_hat,
     scale,
@@ -121,7 +121,7 @@ def row_team_forward(
         if spread_ptr is not None:
             tl.store(spread_ptr + rows, spread, first)
 
-        x_hat = deviation * scale(spread, eps, NORM)[:, None]
+        x_hat = multiply(deviation, scale(spread, eps, NORM)[:, None])
         y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
         store_tile(y_ptr, y, rows, cols, mask, y_strides, sizes, ALIGN)
 
@@ -181,12 +181,12 @@ def row_team_backward(
             rstd = scale(spread, eps, NORM)
             x_hat = saved_x_hat(x, weight_ptr, bias_ptr, statistics, rstd, cols, mask, N, OFFSET, SAVED)
             if dweight_partial_ptr is not None:
-                dweight += dy * x_hat
+                dweight = multiply_add(dy, x_hat, dweight)
             if dbias_partial_ptr is not None:
-                dbias += dy
+                dbias = add(dbias, dy)
             wdy = dy
             if weight_ptr is not None:
-                wdy *= weight
+                wdy = multiply(wdy, weight)
 
             tl.store(c1_partial_ptr + rows * WIDTH + place, tl.sum(wdy * x_hat, axis=1))
             if NORM == "layer":
@@ -199,7 +199,7 @@ def row_team_backward(
             if NORM == "layer":
                 c2 = tl.sum(published(c2_partial_ptr, rows, places, N, BLOCK_N), axis=1)
             c1, c2 = gradient_means(c1.to(dtype), c2.to(dtype), spread, eps, N, NORM)
-            dx = input_gradient(wdy, x_hat, c1, c2, rstd)
+            dx = input_gradient(wdy, x_hat, c1, c2 if NORM == "layer" else None, rstd)
             store_tile(dx_ptr, dx, rows, cols, mask, dx_strides, sizes, ALIGN)
 
         if dweight_partial_ptr is not None:

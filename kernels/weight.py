@@ -9,10 +9,11 @@ STEPS), and in the order of the arguments how many elements each pointer lies fr
 import triton
 import triton.language as tl
 
+from .arithmetic import multiply, multiply_add, product
 from .channel import count_tiles, load_channels, load_tile, locate, next_tile, store_tile, tile_mask
 from .fold import column_sum
 from .names import kernel
-from .primitives import alone, compute_dtype, input_gradient, product, square_root, word
+from .primitives import alone, compute_dtype, input_gradient, square_root, word
 
 FIRST_SIZE = tl.constexpr(1)
 FIRST_POINTER = tl.constexpr(6)
@@ -89,7 +90,7 @@ def forward_tile(
 
     ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN), 512)
     spread = square_root(tl.sum(product(x, x, ALONE), axis=1))
-    y = x * (gain * inverse_norm(spread))[:, None]
+    y = multiply(x, (gain * inverse_norm(spread))[:, None])
 
     store_tile(y_ptr, y, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     if spread_ptr is not None:
@@ -159,14 +160,14 @@ def backward_tile(
     dy = load_tile(dy_ptr, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     x = load_tile(x_ptr, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     inverse = inverse_norm(load_channels(spread_ptr, channels, present, dtype))
-    x_hat = x * inverse[:, None]
+    x_hat = multiply(x, inverse[:, None])
 
     ALONE: tl.constexpr = alone(BLOCK_S, word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN), 512)
     dgain = tl.sum(product(dy, x_hat, ALONE), axis=1)
 
     if dx_ptr is not None:
         factor = load_channels(gain_ptr, channels, present, dtype) * inverse
-        dx = input_gradient(dy, x_hat, dgain, tl.zeros_like(dgain), factor)
+        dx = input_gradient(dy, x_hat, dgain, None, factor)
         store_tile(dx_ptr, dx, 0, channels, positions, mask, (0, S, 1), "s", ALIGN)
     if dgain_ptr is not None:
         tl.store(dgain_ptr + channels, dgain, present)
@@ -277,7 +278,7 @@ def weight_squares(
         positions = start + tl.arange(0, BLOCK_S)
         mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
         x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-        squares += x * x
+        squares = multiply_add(x, x, squares)
         n, start = next_tile(n, start, first, end, BLOCK_S)
 
     partial = piece.to(tl.int64) * C + channels
@@ -332,7 +333,7 @@ def weight_normalize(
         positions = start + tl.arange(0, BLOCK_S)
         mask = tile_mask(present, positions, end, ADJACENT, ALIGN)
         x = load_tile(x_ptr, n, channels, positions, mask, strides, ADJACENT, ALIGN)
-        y = x * factor[:, None]
+        y = multiply(x, factor[:, None])
         store_tile(y_ptr, y, n, channels, positions, mask, strides, ADJACENT, ALIGN)
         n, start = next_tile(n, start, first, end, BLOCK_S)
 
@@ -406,7 +407,7 @@ def weight_gradient_sums(
         dy, x, _, _ = load_gradient_tiles(
             dy_ptr, x_ptr, n, start, end, channels, present, strides, BLOCK_S, ADJACENT, ALIGN
         )
-        dgain += dy * (x * inverse[:, None])
+        dgain = multiply_add(dy, multiply(x, inverse[:, None]), dgain)
         n, start = next_tile(n, start, first, end, BLOCK_S)
 
     partial = piece.to(tl.int64) * C + channels
@@ -468,7 +469,7 @@ def weight_input_gradient(
             dy, x, positions, mask = load_gradient_tiles(
                 dy_ptr, x_ptr, n, start, end, channels, present, strides, BLOCK_S, ADJACENT, ALIGN
             )
-            x_hat = x * inverse[:, None]
-            dx = input_gradient(dy, x_hat, dgain, tl.zeros_like(dgain), factor)
+            x_hat = multiply(x, inverse[:, None])
+            dx = input_gradient(dy, x_hat, dgain, None, factor)
             store_tile(dx_ptr, dx, n, channels, positions, mask, strides, ADJACENT, ALIGN)
             n, start = next_tile(n, start, first, end, BLOCK_S)

@@ -154,30 +154,18 @@ def _two_registers(kernel: str, n: int | None = None) -> Callable[[Lowered], boo
     return lambda k: k.kernel == kernel and n in (None, k.line) and k.stack <= 8
 
 
-def _split_rms(k: Lowered) -> bool:
-    return (k.operator, k.kernel) == ("rms_norm", "row_backward") and k.line > 8192 and k.stack <= 8
-
-
-def _column_parameters(k: Lowered) -> bool:
-    kernels = "channel_gradient_sums", "channel_input_gradient"
-    return k.kernel in kernels and k.layout == "contiguous" and k.stack <= 24
-
-
 def _tiles_ahead(k: Lowered) -> bool:
     several = k.tile[1].bit_count() > 1  # tiles, whose columns are a power of two each
     return k.kernel == "row_backward" and k.ahead > 1 and several and k.registers <= AHEAD_REGISTERS
 
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
-COLUMN_PARAMETERS = "addresses, before the loop: with 112 registers an SM holds four blocks, not six"
 ROWS_AHEAD = "rows are on their way to shared memory: by the model one block an SM is enough"
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
-NARROW_OUTPUT = "an address each: with more than 96 registers four blocks, not five"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
 
 HALF = ("bf16", "fp16")
-SPLIT_WARPS = "two registers of 50: with the 64 that spill none an SM holds four blocks, not five"
 
 EXEMPT = (
     Exemption("4 registers", "a float64 takes two", lambda k: True, ("fp64",)),
@@ -185,19 +173,20 @@ EXEMPT = (
     Exemption("7 divisions", ROW_NUMBERS, lambda k: k.layout == "strided"),
     Exemption("4 registers", ROOM, lambda k: k.kernel in TEAMS),
     Exemption("4 registers", FEW_FOLD, lambda k: k.kernel == "fold_moments"),
-    Exemption("1 spills", SPLIT_WARPS, _split_rms, ("fp16",), ("sm_100",), (3, 9)),
-    Exemption("1 spills", COLUMN_PARAMETERS, _column_parameters, ("bf16",), ("sm_100",)),
     Exemption("4 registers", ROWS_AHEAD, _tiles_ahead),
+    Exemption("4 registers", ROWS_AHEAD, _two_registers("row_backward", 1280), HALF, ("sm_80",), (3, 6)),
     Exemption(
-        "1 spills", NARROW_OUTPUT, _two_registers("row_backward", 127), ("bf16",), ("sm_80",), (3, 6)
-    ),
-    Exemption("1 spills", NARROW_WARPS, _two_registers("row_backward", 5121), HALF, ("sm_80",), (3, 6)),
-    Exemption(
-        "4 registers", NARROW_ROWS, _two_registers("row_backward", 1001), HALF, ("sm_80",), (3, 6)
+        "1 spills", NARROW_WARPS, _two_registers("row_backward", 5121), ("fp16",), ("sm_80",), (3, 6)
     ),
     Exemption(
-        "1 spills", TEAMS_OFF, _two_registers("row_team_backward"), ("bf16",), ("sm_100",), (3, 6)
+        "4 registers",
+        NARROW_ROWS,
+        _two_registers("row_backward", 1001),
+        HALF,
+        ("sm_80", "sm_100"),
+        (3, 6),
     ),
+    Exemption("1 spills", TEAMS_OFF, _two_registers("row_team_backward"), ("bf16",), ("sm_80",), (3, 6)),
 )
 """What is exempt, with the pinned Triton (3.9) and the oldest that is supported, with which every launch
 is compiled as well."""

@@ -22,7 +22,7 @@ zero, for the thread's own block."""
 UNDEFINED = np.array(-1)
 """All bits of a register that was not written: NaN of any type."""
 
-WIDTHS = {"%rd": 8, "%rs": 2, "%r": 4}
+WIDTHS = {"%rd": 8, "%rs": 2, "%r": 4, "%pair": 8}
 """Bytes of registers, by the first of these that their names begin with: what is written is widened."""
 
 COPIED_WORD = 4

@@ -12,7 +12,7 @@ SPECIAL = {"%tid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y", "%cluster
 
 def _register(name: str) -> str:
     """The name, if it is one of a register."""
-    if name not in SPECIAL and not re.fullmatch(r"%(p|r|rd|rs)\d+", name):
+    if name not in SPECIAL and not re.fullmatch(r"%(p|r|rd|rs|pair)\d+", name):
         raise PtxError(f"unknown register {name}")
     return name
 

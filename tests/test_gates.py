@@ -46,7 +46,7 @@ def test_an_exemption_is_for_what_it_says():
     """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
     (narrow,) = (one for one in gates.EXEMPT if one.why == gates.NARROW_WARPS)
     gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
-    row = walking(target="sm_80", line=5121, stack=8)
+    row = walking(target="sm_80", line=5121, stack=8, dtype="fp16")
     assert narrow.excuses(gate, row, (3, 6))
     assert not narrow.excuses(gate, row, (3, 9))
     for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "fp32"}, {"kernel": "row_forward_looped"}):
