@@ -321,7 +321,8 @@ def _turns(arguments, programs: int) -> tuple[float, float]:
 
 def _fold_steps(arguments, turns: float, partials) -> float:
     """Tiles of partial results that a program adds up, of a team that with the most folds."""
-    if "BLOCK_P" not in arguments or not partials:
+    of_rows = "arrivals_ptr" in arguments and "UNITS" not in arguments  # who fold in no loop
+    if "BLOCK_P" not in arguments or not partials or of_rows:
         return 1.0
     pieces = arguments.get("PIECES") or partials[0].shape[0]
     columns = arguments.get("FOLD_C", arguments.get("BLOCK_C"))

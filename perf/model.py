@@ -74,7 +74,7 @@ class Steps:
         """The time of all steps where a block reads `rate` bytes a nanosecond."""
         if not self.ahead:
             return self.times * (self.busy + self.latency) + self.read / rate
-        waits = max(self.times - self.ahead * self.starts, 0)
+        waits = self.times - self.ahead * self.starts
         arrives = (waits * self.latency + self.read / rate) / self.ahead
         return max(self.times * self.busy, self.read / rate, arrives)
 

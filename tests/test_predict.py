@@ -343,6 +343,7 @@ def test_a_row_team_walks_as_often_as_its_teams_must():
     forward = dict(arrivals_ptr=None, M=90, N=4096, BLOCK_N=1024)
     assert compiled._turns(forward, 12) == (30, 1)
     assert compiled._turns(dict(forward, WALKS=20), 12) == (30, pytest.approx(20 / 3))
+    assert compiled._fold_steps(dict(forward, BLOCK_P=4), 30, [torch.empty(90, 4)]) == 1
 
 
 def test_a_team_folds_in_turns():
@@ -350,11 +351,11 @@ def test_a_team_folds_in_turns():
     channels, of which a fold takes 8: a program has two at most."""
     assert compiled._turns({}, 12) == (1, 1)
     assert compiled._fold_steps(dict(BLOCK_P=4, PIECES=9), 1, [torch.empty(9, 2)]) == 3
-    team = dict(UNITS=6, MEMBERS=12, WIDTH=4, BLOCKS=5, BLOCK_C=8, C=40, CG=10, FOLD_C=8, ONE_SET=False)
+    team = dict(UNITS=6, MEMBERS=12, WIDTH=4, BLOCKS=5, BLOCK_C=16, C=40, CG=4, FOLD_C=8, ONE_SET=False)
     assert compiled._turns(team, 8) == (3, 9)
     team |= dict(BLOCK_P=4, PIECES=9)
     assert compiled._fold_steps(team, 3, [torch.empty(9, 2)]) == 3 * 2 * 3
-    assert compiled._fold_steps(dict(team, ONE_SET=True), 3, [torch.empty(9, 2)]) == 3 * 2 * 3
+    assert compiled._fold_steps(dict(team, ONE_SET=True), 3, [torch.empty(9, 2)]) == 3 * 3 * 3
 
 
 def test_predict_refuses_the_interpreter_and_unknown_shapes(monkeypatch, capsys):
