@@ -20,7 +20,7 @@ def come_in_pairs(shape):
 @triton.constexpr_function
 def in_pairs(shape, *dtypes):
     """Whether an instruction computes two elements of tiles at once: of float32, from sm_100 on. Left to
-    itself the compiler finds only some; those given to it it does not simplify, not even sums with 0."""
+    itself the compiler finds only some of them, but it drops additions of 0 and products with 1."""
     floats = all(dtype == tl.float32 for dtype in dtypes)
     return floats and come_in_pairs(shape) and runs_ptx() and cuda_capability_geq(10)
 
@@ -43,7 +43,6 @@ def pair_instruction(name, operands):
 
 @triton.constexpr_function
 def pair_registers(operands):
-    """The kinds of these registers."""
     return ",".join(["=f,=f", *["f,f"] * operands])
 
 

@@ -222,7 +222,7 @@ def group_backward(
         rstd = load_channels(rstd_ptr, sets, present, dtype)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            # x_hat and dx are not in pairs, whose registers are neighbours: with them this spills.
+            # Here and below not in pairs, of neighbouring registers: with them it spills.
             x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], rstd[:, None], 0.0),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))

@@ -50,11 +50,11 @@ OPERATIONS = {
     "team_forward": 10,
     "team_backward": 11,
     "weight_forward": 3,
-    "weight_backward": 7,
+    "weight_backward": 6,
     "weight_squares": 2,
     "weight_normalize": 1,
     "weight_gradient_sums": 3,
-    "weight_input_gradient": 5,
+    "weight_input_gradient": 4,
     "fold_parameter_gradients": 2,  # of each element of dweight_partial, and of dbias_partial's
     "fold_moments": 7,
     "fold_gradient_means": 2,

@@ -67,7 +67,7 @@ def aligned(ptrs, offsets, ALIGN: tl.constexpr):
     """ptrs + offsets, where rows start. ALIGN, in elements, is what the host knows of every row's
     alignment; None where neighbours in memory are rows. This hint, and not the specialization of single
     arguments, decides the access width, and with it the order of sums: a slice of a batch takes the same
-    code as the batch. Given to what another function returned, where nothing is added, it is lost.
+    code as the batch. It belongs to an addition, and is lost on what another function returned.
     """
     ptrs += offsets
     if ALIGN is not None:
@@ -204,7 +204,7 @@ def plus_products(tiles, factors, others):
 def summed_products(tiles, others, ALONE: tl.constexpr):
     """The products, tile by tile, whose row sums are wanted. The first of several tiles is rounded, FMAs
     add the others to it: of a sum of two products the compiler rounds one or the other, not the same in
-    all kernels. In pairs all are rounded."""
+    all kernels."""
     found = ()
     for i in tl.static_range(len(tiles)):
         found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
