@@ -154,9 +154,12 @@ def _two_registers(kernel: str, n: int | None = None) -> Callable[[Lowered], boo
     return lambda k: k.kernel == kernel and n in (None, k.line) and k.stack <= 8
 
 
+def _ahead(k: Lowered) -> bool:
+    return k.kernel == "row_backward" and k.ahead > 1 and k.registers <= AHEAD_REGISTERS
+
+
 def _tiles_ahead(k: Lowered) -> bool:
-    several = k.tile[1].bit_count() > 1  # tiles, whose columns are a power of two each
-    return k.kernel == "row_backward" and k.ahead > 1 and several and k.registers <= AHEAD_REGISTERS
+    return _ahead(k) and k.tile[1].bit_count() > 1  # several, whose columns are a power of two each
 
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
@@ -174,7 +177,9 @@ EXEMPT = (
     Exemption("4 registers", ROOM, lambda k: k.kernel in TEAMS),
     Exemption("4 registers", FEW_FOLD, lambda k: k.kernel == "fold_moments"),
     Exemption("4 registers", ROWS_AHEAD, _tiles_ahead),
-    Exemption("4 registers", ROWS_AHEAD, _two_registers("row_backward", 1280), HALF, ("sm_80",), (3, 6)),
+    Exemption(
+        "4 registers", ROWS_AHEAD, lambda k: _ahead(k) and k.line == 1280, HALF, ("sm_80",), (3, 6)
+    ),
     Exemption(
         "1 spills", NARROW_WARPS, _two_registers("row_backward", 5121), ("fp16",), ("sm_80",), (3, 6)
     ),

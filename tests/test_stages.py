@@ -1,5 +1,5 @@
 """Steps that are under way at once: what is on its way to shared memory changes no bit. The interpreter
-runs one step after another."""
+runs one step after another, and copies nothing."""
 
 import pytest
 import torch
@@ -14,10 +14,7 @@ from perf.launches import observe
 from tritonnorm.heuristics import channels, common, rows
 from tritonnorm.launch.common import forget_plans
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED,
-    reason="needs a CUDA device, or the emulator of one: Triton's interpreter copies nothing",
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device, or the emulator of one")
 
 
 def bits_by_stages(monkeypatch, module, name, call):
