@@ -20,7 +20,7 @@ def come_in_pairs(shape):
 @triton.constexpr_function
 def in_pairs(shape, *dtypes):
     """Whether an instruction computes two elements of tiles at once: of float32, from sm_100 on. Left to
-    itself the compiler finds only some of them, but it drops additions of 0 and products with 1."""
+    itself the compiler finds only some; those given to it it does not simplify, not even sums with 0."""
     floats = all(dtype == tl.float32 for dtype in dtypes)
     return floats and come_in_pairs(shape) and runs_ptx() and cuda_capability_geq(10)
 
@@ -43,6 +43,7 @@ def pair_instruction(name, operands):
 
 @triton.constexpr_function
 def pair_registers(operands):
+    """The kinds of these registers."""
     return ",".join(["=f,=f", *["f,f"] * operands])
 
 
@@ -62,41 +63,26 @@ def of_pairs(NAME: tl.constexpr, operands):
 @triton.jit
 def add(a, b):
     """a + b, where a has the shape of the sum. This and what follows are in pairs if `in_pairs`."""
-    if in_pairs(a.shape, a.dtype, b.dtype):
-        found = of_pairs("add", (a, b))
-    else:
-        found = a + b
-    return found
+    return of_pairs("add", (a, b)) if in_pairs(a.shape, a.dtype, b.dtype) else a + b
 
 
 @triton.jit
 def subtract(a, b):
     """a - b."""
-    if in_pairs(a.shape, a.dtype, b.dtype):
-        found = of_pairs("sub", (a, b))
-    else:
-        found = a - b
-    return found
+    return of_pairs("sub", (a, b)) if in_pairs(a.shape, a.dtype, b.dtype) else a - b
 
 
 @triton.jit
 def multiply(a, b):
     """a * b. In pairs it is rounded whatever becomes of it; else the compiler may make an FMA of it."""
-    if in_pairs(a.shape, a.dtype, b.dtype):
-        found = of_pairs("mul", (a, b))
-    else:
-        found = a * b
-    return found
+    return of_pairs("mul", (a, b)) if in_pairs(a.shape, a.dtype, b.dtype) else a * b
 
 
 @triton.jit
 def multiply_add(a, b, c):
     """a * b + c, rounded once."""
-    if in_pairs(a.shape, a.dtype, b.dtype, c.dtype):
-        found = of_pairs("fma", (a, b, c))
-    else:
-        found = tl.fma(a, b, c)
-    return found
+    paired: tl.constexpr = in_pairs(a.shape, a.dtype, b.dtype, c.dtype)
+    return of_pairs("fma", (a, b, c)) if paired else tl.fma(a, b, c)
 
 
 @triton.jit

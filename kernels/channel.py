@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .arithmetic import add, multiply, multiply_add, product, subtract
 from .names import kernel
-from .primitives import bytes_of, compute_dtype, inverse_deviation, normalized, widened
+from .primitives import bytes_of, compute_dtype, inverse_deviation, load_wide, normalized
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def load_tile(
 ):
     """A tile `[BLOCK_C, BLOCK_S]` in the compute dtype; zero in the padding lanes."""
     pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, start)
-    return widened(tl.load(pointers, mask, other=0.0))
+    return load_wide(pointers, mask)
 
 
 @triton.jit

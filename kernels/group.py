@@ -26,10 +26,10 @@ from .primitives import (
     centers_twice,
     compute_dtype,
     inverse_deviation,
+    load_wide,
     row_sum,
     summed_products,
     times,
-    widened,
     word,
 )
 
@@ -78,7 +78,7 @@ def load_tiles(ptr, image, channels, lanes, masks, strides, ADJACENT: tl.constex
     for i in tl.static_range(len(masks)):
         positions = lanes + i * lanes.shape[0]
         pointers = tile_pointers(ptr, image, channels, positions, strides, ADJACENT, ALIGN, 0)
-        tiles += (widened(tl.load(pointers, masks[i], other=0.0)),)
+        tiles += (load_wide(pointers, masks[i]),)
     return tiles
 
 
@@ -222,7 +222,7 @@ def group_backward(
         rstd = load_channels(rstd_ptr, sets, present, dtype)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            # Here and below not in pairs, of neighbouring registers: with them it spills.
+            # As `normalized`; but x_hat and dx are not in pairs, of neighbouring registers, which spill.
             x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], rstd[:, None], 0.0),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))

@@ -67,7 +67,7 @@ def aligned(ptrs, offsets, ALIGN: tl.constexpr):
     """ptrs + offsets, where rows start. ALIGN, in elements, is what the host knows of every row's
     alignment; None where neighbours in memory are rows. This hint, and not the specialization of single
     arguments, decides the access width, and with it the order of sums: a slice of a batch takes the same
-    code as the batch. It belongs to an addition, and is lost on what another function returned.
+    code as the batch. Given to what another function returned, where nothing is added, it is lost.
     """
     ptrs += offsets
     if ALIGN is not None:
@@ -139,9 +139,9 @@ def load_tile(ptr, rows, cols, mask, strides, sizes, ALIGN: tl.constexpr):
 @triton.jit
 def load_statistics(mean_ptr, spread_ptr, rows, M):
     """What is saved of rows: `(spread,)` or, where they have a mean, `(spread, mean)`, of `[ROWS]`."""
-    saved = (widened(tl.load(spread_ptr + rows, rows < M, other=0.0)),)
+    saved = (load_wide(spread_ptr + rows, rows < M),)
     if mean_ptr is not None:
-        saved += (widened(tl.load(mean_ptr + rows, rows < M, other=0.0)),)
+        saved += (load_wide(mean_ptr + rows, rows < M),)
     return saved
 
 
@@ -204,7 +204,7 @@ def plus_products(tiles, factors, others):
 def summed_products(tiles, others, ALONE: tl.constexpr):
     """The products, tile by tile, whose row sums are wanted. The first of several tiles is rounded, FMAs
     add the others to it: of a sum of two products the compiler rounds one or the other, not the same in
-    all kernels."""
+    all kernels. In pairs all are rounded."""
     found = ()
     for i in tl.static_range(len(tiles)):
         found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
@@ -290,7 +290,7 @@ def scale(spread, eps, NORM: tl.constexpr):
 @triton.jit
 def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr = 0.0):
     """A weight or bias `[1, BLOCK_N]`, widened, plus OFFSET."""
-    parameter = widened(tl.load(ptr + cols, cols < N, other=0.0)).to(dtype)[None, :]
+    parameter = load_wide(ptr + cols, cols < N).to(dtype)[None, :]
     if OFFSET != 0.0:
         parameter += tl.full((), OFFSET, dtype)
     return parameter
