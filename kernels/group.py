@@ -14,7 +14,6 @@ from .channel import (
     known_to_divide,
     load_channels,
     load_weight,
-    set_numbers,
     store_tile,
     tile_mask,
     tile_pointers,
@@ -41,25 +40,51 @@ def alone_in_line(dtype, BLOCK_C, BLOCK_S, ADJACENT, ALIGN):
     if ADJACENT == "s":
         single = alone(BLOCK_S, word(dtype, BLOCK_S, ALIGN), 512)
     else:
-        single = alone(BLOCK_S, 1, 64 if ADJACENT == "c" else 1024)
+        single = alone(BLOCK_S, 1, 128 if ADJACENT == "c" else 1024)
     return single or BLOCK_C * BLOCK_S <= 128
 
 
 @triton.jit
 def over_groups(per_channel, CG: tl.constexpr, GROUPS: tl.constexpr):
-    """Sums of channels `[BLOCK_C]` to the sums of their groups, at every channel; zero beyond GROUPS."""
-    BLOCK_C: tl.constexpr = per_channel.shape[0]
+    """Sums of channels `[BLOCK_C]` to the sums of their groups `[BLOCK_G]`."""
     if CG == 1:
-        folded = per_channel
+        sums = per_channel
     elif GROUPS == 1:
-        folded = tl.zeros_like(per_channel) + tl.sum(per_channel, axis=0)
+        sums = tl.sum(per_channel, axis=0, keep_dims=True)
+    elif triton.next_power_of_2(CG) == CG:
+        sums = tl.sum(tl.reshape(per_channel, [per_channel.shape[0] // CG, CG]), axis=1)
     else:
-        groups = tl.arange(0, BLOCK_C) // CG
-        folded = tl.zeros_like(per_channel)
-        for group in tl.static_range(GROUPS):
-            total = tl.sum(tl.where(groups == group, per_channel, 0.0), axis=0)
-            folded = tl.where(groups == group, total, folded)
-    return folded
+        # Each group's channels in a line of their own: all groups take one reduction.
+        WIDTH: tl.constexpr = triton.next_power_of_2(CG)
+        groups, members = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None], tl.arange(0, WIDTH)[None, :]
+        there = (groups < GROUPS) & (members < CG)
+        channels = tl.where(there, groups * CG + members, 0)
+        lines = tl.gather(per_channel, tl.reshape(channels, [channels.shape[0] * WIDTH]), 0)
+        sums = tl.sum(tl.where(there, tl.reshape(lines, channels.shape), 0.0), axis=1)
+    return sums
+
+
+@triton.jit
+def at_channels(per_group, CG: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What groups `[BLOCK_G]` have, at each of their channels `[BLOCK_C]`."""
+    BLOCK_G: tl.constexpr = per_group.shape[0]
+    if CG == 1:
+        found = per_group
+    elif BLOCK_G == 1:
+        found = tl.zeros([BLOCK_C], per_group.dtype) + per_group
+    elif triton.next_power_of_2(CG) == CG:
+        found = tl.reshape(tl.broadcast_to(per_group[:, None], [BLOCK_G, CG]), [BLOCK_C])
+    else:
+        found = tl.gather(per_group, tl.minimum(tl.arange(0, BLOCK_C) // CG, BLOCK_G - 1), 0)
+    return found
+
+
+@triton.jit
+def set_numbers(image, block, C, CG: tl.constexpr, GROUPS: tl.constexpr):
+    """The sets `[BLOCK_G]` of a block of GROUPS groups of an image, and which of them there are."""
+    groups = tl.arange(0, triton.next_power_of_2(GROUPS))
+    known = (groups < GROUPS) & (block * GROUPS + groups < C // CG)
+    return image * (C // CG) + block * GROUPS + groups, known
 
 
 @triton.jit
@@ -84,12 +109,13 @@ def load_tiles(ptr, image, channels, lanes, masks, strides, ADJACENT: tl.constex
 
 @triton.jit
 def center_groups(tiles, masks, inverse_count, CG: tl.constexpr, GROUPS: tl.constexpr):
-    """Mean of each channel's group, `[BLOCK_C]`, and the tiles less it, zero in the padding lanes."""
+    """Mean of each group, `[BLOCK_G]`, and the tiles less it, zero in the padding lanes."""
     mean = times(over_groups(row_sum(tiles), CG, GROUPS), inverse_count)
+    subtracted = at_channels(mean, CG, tiles[0].shape[0])[:, None]
     deviations = ()
     for i in tl.static_range(len(tiles)):
         # Selecting what is subtracted takes an instruction for adjacent lanes together.
-        deviations += (subtract(tiles[i], tl.where(masks[i], mean[:, None], 0.0)),)
+        deviations += (subtract(tiles[i], tl.where(masks[i], subtracted, 0.0)),)
     return mean, deviations
 
 
@@ -127,7 +153,8 @@ def group_forward(
     blocks = tl.cdiv(C, GROUPS * CG)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     rows = tl.arange(0, BLOCK_C)
-    channels = tl.program_id(0) % blocks * (GROUPS * CG) + rows
+    block = tl.program_id(0) % blocks
+    channels = block * (GROUPS * CG) + rows
     present = channels < known_to_divide(C, ADJACENT == "c", ALIGN)
     present &= rows < GROUPS * CG
     lanes = tl.arange(0, BLOCK_S)
@@ -144,10 +171,10 @@ def group_forward(
     variance = times(squares, inverse_count)
     rstd = inverse_deviation(variance, eps)
 
-    factor = rstd
+    factor = at_channels(rstd, CG, BLOCK_C)
     if weight_ptr is not None:
         factor *= load_channels(weight_ptr, channels, present, dtype)
-    shift = tl.zeros_like(mean)
+    shift = tl.zeros_like(factor)
     if bias_ptr is not None:
         shift += load_channels(bias_ptr, channels, present, dtype)
     for i in tl.static_range(CHUNKS):
@@ -155,14 +182,13 @@ def group_forward(
         positions = i * BLOCK_S + lanes
         store_tile(y_ptr, y, image, channels, positions, masks[i], y_strides, ADJACENT, ALIGN)
 
-    sets = set_numbers(image, channels, CG, C // CG)
-    first = present & (channels % CG == 0)
+    sets, known = set_numbers(image, block, C, CG, GROUPS)
     if mean_ptr is not None:
-        tl.store(mean_ptr + sets, mean, first)
+        tl.store(mean_ptr + sets, mean, known)
     if rstd_ptr is not None:
-        tl.store(rstd_ptr + sets, rstd, first)
+        tl.store(rstd_ptr + sets, rstd, known)
     if variance_ptr is not None:
-        tl.store(variance_ptr + sets, variance, first)
+        tl.store(variance_ptr + sets, variance, known)
     update_running(
         running_mean_ptr,
         running_var_ptr,
@@ -213,27 +239,36 @@ def group_backward(
     dweight = tl.zeros([BLOCK_C], dtype)
     dbias = tl.zeros([BLOCK_C], dtype)
     ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_C, BLOCK_S, ADJACENT, ALIGN)
+    WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN)
+
+    # Held before the loop the weight is one more wait, but fewer registers beside an address an element.
+    HELD: tl.constexpr = GROUPS > 1 and ADJACENT == "s" and WORD == 1
+    if HELD:
+        weight = load_weight(weight_ptr, channels, present, dtype)
 
     for image in range(program, N, tl.num_programs(1)):
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
         xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
-        sets = set_numbers(image, channels, CG, C // CG)
-        mean = load_channels(mean_ptr, sets, present, dtype)
-        rstd = load_channels(rstd_ptr, sets, present, dtype)
+        sets, known = set_numbers(image, tl.program_id(0), C, CG, GROUPS)
+        rstd = load_channels(rstd_ptr, sets, known, dtype)
+        scale = at_channels(rstd, CG, BLOCK_C)
+        mean = at_channels(load_channels(mean_ptr, sets, known, dtype), CG, BLOCK_C)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
             # As `normalized`; but x_hat and dx are not in pairs, of neighbouring registers, which spill.
-            x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], rstd[:, None], 0.0),)
+            x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], scale[:, None], 0.0),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)
         dweight += dy_x_hat
         dbias += dy_sum
         if dx_ptr is not None:
-            weight = load_weight(weight_ptr, channels, present, dtype)
+            if not HELD:
+                weight = load_weight(weight_ptr, channels, present, dtype)
             c1 = times(over_groups(product(dy_x_hat, weight, ALONE=True), CG, GROUPS), inverse_count)
             c2 = times(over_groups(product(dy_sum, weight, ALONE=True), CG, GROUPS), inverse_count)
-            factor, c1, c2 = weight * rstd, c1 * rstd, c2 * rstd
+            factor = weight * scale
+            c1, c2 = at_channels(c1 * rstd, CG, BLOCK_C), at_channels(c2 * rstd, CG, BLOCK_C)
             for i in tl.static_range(CHUNKS):
                 dx = tl.fma(dys[i], factor[:, None], -c2[:, None])
                 dx = tl.fma(x_hats[i], -c1[:, None], dx)

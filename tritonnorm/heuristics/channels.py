@@ -24,7 +24,8 @@ again (unmeasured)."""
 
 NARROW_LINE_ELEMENTS, NARROW_SET = 16, 4096
 """The same, at most, where accesses are of less than 8 bytes, each with an address of its own. Half as
-many backward of sets of more than 4,096 elements, which would spill up to 104 bytes."""
+many backward of sets of more than 4,096 elements, which would spill up to 104 bytes; and of float32, of
+which twice as many spill 8 to 24, and by the model take 0.96 to 1.1 times as long (unmeasured)."""
 
 LINE_TILES = 8
 """Tiles side by side, at most, that hold a line of positions: a thread then has the sums of few lines,
@@ -196,6 +197,8 @@ def _group_tile(
         quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
         if best is None or quality > best[0]:
             warps = warps_of(block_c * width, a_thread)
+            if adjacent == "c":  # of small tiles a word a thread is enough
+                warps = max(warps, min(warps_of(block_c * width, WORD_BYTES // itemsize), MIN_WARPS))
             most = registers(warps, itemsize)
             if warps <= told and not scattered:
                 most = told_registers
@@ -227,6 +230,7 @@ def group_backward(
 ) -> GroupTile | None:
     """The same for the backward pass."""
     wide = adjacent == "s" and not _narrow(s, itemsize)
+    few = itemsize > 2 or cg * s > NARROW_SET
     resident = GROUP_BACKWARD_RESIDENT if wide else GROUP_BACKWARD_RESIDENT_NARROW
     return _group_tile(
         cg,
@@ -234,7 +238,7 @@ def group_backward(
         s,
         itemsize,
         adjacent,
-        narrow=NARROW_LINE_ELEMENTS // (2 if cg * s > NARROW_SET else 1),
+        narrow=NARROW_LINE_ELEMENTS // (2 if few else 1),
         across=ACROSS_BACKWARD_ELEMENTS,
         told=GROUP_BACKWARD_TOLD[itemsize],
         told_registers=GROUP_BACKWARD_REGISTERS,
