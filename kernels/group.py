@@ -80,11 +80,15 @@ def at_channels(per_group, CG: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def set_numbers(image, block, C, CG: tl.constexpr, GROUPS: tl.constexpr):
-    """The sets `[BLOCK_G]` of a block of GROUPS groups of an image, and which of them there are."""
-    groups = tl.arange(0, triton.next_power_of_2(GROUPS))
-    known = (groups < GROUPS) & (block * GROUPS + groups < C // CG)
-    return image * (C // CG) + block * GROUPS + groups, known
+def tile_sets(block, channels, present, C, CG: tl.constexpr, GROUPS: tl.constexpr):
+    """Of an image's sets those of a block of GROUPS groups, `[BLOCK_G]`, and which of them there are."""
+    if CG == 1:
+        groups, known = channels, present
+    else:
+        lanes = tl.arange(0, triton.next_power_of_2(GROUPS))
+        groups = block * GROUPS + lanes
+        known = (lanes < GROUPS) & (groups < C // CG)
+    return groups, known
 
 
 @triton.jit
@@ -182,7 +186,8 @@ def group_forward(
         positions = i * BLOCK_S + lanes
         store_tile(y_ptr, y, image, channels, positions, masks[i], y_strides, ADJACENT, ALIGN)
 
-    sets, known = set_numbers(image, block, C, CG, GROUPS)
+    groups, known = tile_sets(block, channels, present, C, CG, GROUPS)
+    sets = image * (C // CG) + groups
     if mean_ptr is not None:
         tl.store(mean_ptr + sets, mean, known)
     if rstd_ptr is not None:
@@ -236,6 +241,7 @@ def group_backward(
     present &= rows < GROUPS * CG
     lanes = tl.arange(0, BLOCK_S)
     masks = tile_masks(present, lanes, S, CHUNKS, ADJACENT, ALIGN)
+    groups, known = tile_sets(tl.program_id(0), channels, present, C, CG, GROUPS)
     dweight = tl.zeros([BLOCK_C], dtype)
     dbias = tl.zeros([BLOCK_C], dtype)
     ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_C, BLOCK_S, ADJACENT, ALIGN)
@@ -249,7 +255,7 @@ def group_backward(
     for image in range(program, N, tl.num_programs(1)):
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
         xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
-        sets, known = set_numbers(image, tl.program_id(0), C, CG, GROUPS)
+        sets = image * (C // CG) + groups
         rstd = load_channels(rstd_ptr, sets, known, dtype)
         scale = at_channels(rstd, CG, BLOCK_C)
         mean = at_channels(load_channels(mean_ptr, sets, known, dtype), CG, BLOCK_C)

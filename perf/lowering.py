@@ -53,6 +53,7 @@ CHANNEL_SHAPES = {
     "group_norm": (
         *((1, 320, 64, 64), (1, 1280, 8, 8), (1, 640, 16, 16), (1, 320, 32, 32)),
         *((1, 2048, 7, 7), (1, 512, 28, 28)),
+        *((1, 96, 8, 8), (1, 160, 5, 5), (1, 128, 7, 7), (1, 1280, 11, 11)),
     ),
     "instance_norm": (
         *((1, 64, 64, 64), (2, 64, 16, 16), (2, 64, 4, 8), (1, 32, 128, 128)),
@@ -65,9 +66,10 @@ CHANNEL_SHAPES = {
     "batch_norm_eval": ((4, 64, 32, 32), (32, 512, 7, 7)),
 }
 """Small batches whose sets are resident, or in pieces, with and without padding, in wide accesses and
-narrow ones. The number of images does not reach the code, but for BatchNorm: images of 7 x 7, and of
-14 x 14 in 16 bits, are columns, and the larger batch has a fold's largest tile. Its lines of float32 are
-whole words, but no multiple of 16 elements."""
+narrow ones; the last ones of GroupNorm with several groups a tile, and the narrow one of 32 warps. The
+number of images does not reach the code, but for BatchNorm: images of 7 x 7, and of 14 x 14 in 16 bits,
+are columns, and the larger batch has a fold's largest tile. Its lines of float32 are whole words, but no
+multiple of 16 elements."""
 
 TEAM_SHAPES = {"group_norm": ((1, 320, 64, 64),), "batch_norm": ((4, 64, 64, 64),)}
 """The same for teams: sets of one channel, and of several."""
