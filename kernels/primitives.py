@@ -32,6 +32,12 @@ def between_warps(count, WORD):
 
 
 @triton.constexpr_function
+def fills_warp(count, WORD):
+    """Whether a line of `count` elements, of which a thread accesses WORD at once, is a warp's."""
+    return count == 32 * WORD
+
+
+@triton.constexpr_function
 def alone(count, WORD, most=256):
     """Whether a thread may have a single element of a line of `count`, of which it accesses WORD at
     once: launches spread a line over `most` threads."""
@@ -288,9 +294,17 @@ def scale(spread, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_parameter(ptr, cols, dtype: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr = 0.0):
-    """A weight or bias `[1, BLOCK_N]`, widened, plus OFFSET."""
-    parameter = load_wide(ptr + cols, cols < N).to(dtype)[None, :]
+def load_parameter(
+    ptr, cols, dtype: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr = 0.0, ROWS: tl.constexpr = 1
+):
+    """A weight or bias `[ROWS, BLOCK_N]`, widened, plus OFFSET. With one row for all of a tile's the
+    compiler may carry it through shared memory to the threads that need it; with as many as the tile
+    has each thread loads what it needs."""
+    if ROWS == 1:
+        parameter = load_wide(ptr + cols, cols < N).to(dtype)[None, :]
+    else:
+        pointers = tl.broadcast_to((ptr + cols)[None, :], [ROWS, cols.shape[0]])
+        parameter = load_wide(pointers, (cols < N)[None, :]).to(dtype)
     if OFFSET != 0.0:
         parameter += tl.full((), OFFSET, dtype)
     return parameter
@@ -305,16 +319,17 @@ def affine(
     N: tl.constexpr,
     OFFSET: tl.constexpr = 0.0,
     ROUND: tl.constexpr = None,
+    ROWS: tl.constexpr = 1,
 ):
-    """x_hat * (OFFSET + weight) + bias; either may be None. x_hat is first rounded to the dtype ROUND,
-    if there is one."""
+    """x_hat * (OFFSET + weight) + bias; either may be None, and is loaded as ROWS rows. x_hat is first
+    rounded to the dtype ROUND, if there is one."""
     y = x_hat
     if ROUND is not None:
         y = y.to(ROUND).to(x_hat.dtype)
     if weight_ptr is not None:
-        weight = load_parameter(weight_ptr, cols, x_hat.dtype, N, OFFSET)
+        weight = load_parameter(weight_ptr, cols, x_hat.dtype, N, OFFSET, ROWS)
     if bias_ptr is not None:
-        bias = load_parameter(bias_ptr, cols, x_hat.dtype, N)
+        bias = load_parameter(bias_ptr, cols, x_hat.dtype, N, ROWS=ROWS)
     if weight_ptr is not None and bias_ptr is not None:
         y = multiply_add(y, weight, bias)
     elif weight_ptr is not None:

@@ -19,6 +19,7 @@ from .primitives import (
     compute_dtype,
     divide,
     evenly_apart,
+    fills_warp,
     gradient_means,
     input_gradient,
     load_parameter,
@@ -82,15 +83,17 @@ def row_forward_resident(
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    ALONE: tl.constexpr = alone(BLOCK_N, word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN))
+    WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
+    ALONE: tl.constexpr = alone(BLOCK_N, WORD)
     spread = row_spread(row_sum(summed_products(deviations, deviations, ALONE)), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
     rstd = scale(spread, eps, NORM)[:, None]
+    LOADED: tl.constexpr = ROWS if fills_warp(BLOCK_N, WORD) else 1
     for i in tl.static_range(CHUNKS):
         cols = i * BLOCK_N + lanes
-        y = affine(multiply(deviations[i], rstd), weight_ptr, bias_ptr, cols, N, OFFSET, ROUND)
+        y = affine(multiply(deviations[i], rstd), weight_ptr, bias_ptr, cols, N, OFFSET, ROUND, LOADED)
         store_tile(y_ptr, y, rows, cols, masks[i], y_strides, sizes, ALIGN)
 
 

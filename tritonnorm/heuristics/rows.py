@@ -49,6 +49,15 @@ LONGEST_ODD = 1024
 """Columns of a row, at most, of which a thread has BACKWARD_ELEMENTS though each is an access: longer
 rows are one a program, whose masks and addresses take 132 to 146 registers."""
 
+FORWARD_IN_WARP = {2: 48, 4: 32, 8: 16}
+"""Elements a thread, at most, of rows that a warp holds in tiles side by side, a word of each a thread: no
+sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64 of
+16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
+
+BACKWARD_IN_WARP = {2: 0, 4: 8, 8: 8}
+"""The same for the backward pass: twice as many, or 16 of 16 bits, take registers of which rows on their
+way are made, and up to 1.5 times as long on a B200 by the model (unmeasured)."""
+
 FORWARD_CHUNKS = {2: (1, 3, 5), 4: (1, 3, 5), 8: (1,)}
 """Tiles side by side that may hold a row, a word of each a thread: 5,120 columns are 5 times 1,024,
 where one tile would be 8,192."""
@@ -165,17 +174,23 @@ def _filled(block_n: int, a_thread: int, chunks: int = 1) -> RowTile:
     return RowTile(rows, block_n, num_warps, chunks=chunks)
 
 
-def _resident(n: int, itemsize: int, a_thread: int, a_narrow: int, counts) -> RowTile:
-    """The tile of resident rows of adjacent elements, in the chunks that leave the least padding."""
+def _resident(
+    n: int, itemsize: int, a_thread: int, a_narrow: int, counts, in_warp: int = 0
+) -> RowTile:
+    """The tile of resident rows of adjacent elements, in the chunks that leave the least padding; of
+    those a warp's, where it has no more than `in_warp` elements a thread."""
     word = WORD_BYTES // itemsize
     access = min(n & -n, word)  # elements that a thread accesses at once
     lanes = WARP * access
-    chunks = ceil(n / lanes)
-    if not whole_words(n, itemsize) and 1 < chunks <= NARROW_CHUNKS:
-        return _filled(lanes * chunks, a_narrow, chunks)
+    of_warp = ceil(n / lanes)  # chunks, each of a warp's width
+    if not whole_words(n, itemsize) and 1 < of_warp <= NARROW_CHUNKS:
+        return _filled(lanes * of_warp, a_narrow, of_warp)
     widths = {count: power_of_two(ceil(n / count)) for count in counts}
     wide = [count for count in counts if count == 1 or widths[count] * itemsize >= CHUNK_BYTES]
     chunks = min(wide, key=lambda count: count * widths[count])
+    held = access * of_warp  # elements a thread, if a warp holds a row
+    if access == word and 1 < of_warp and held <= in_warp and lanes * of_warp <= chunks * widths[chunks]:
+        return _filled(lanes * of_warp, max(held, a_thread), of_warp)
     if chunks > 1:
         # Narrow accesses take the registers of more addresses.
         return _filled(widths[chunks] * chunks, chunks * max(access, word // 2), chunks)
@@ -205,7 +220,8 @@ def row_forward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTi
         held = _cluster(power_of_two(n), CLUSTER_FORWARD_ELEMENTS, limit, cluster)
         return held or RowTile(1, chunk, warps(chunk, LOOPED_ELEMENTS))
     a_thread = FORWARD_ELEMENTS[itemsize]
-    tile = _resident(n, itemsize, a_thread, a_thread, FORWARD_CHUNKS[itemsize])
+    in_warp = FORWARD_IN_WARP[itemsize]
+    tile = _resident(n, itemsize, a_thread, a_thread, FORWARD_CHUNKS[itemsize], in_warp)
     if itemsize == 8 and n < tile.block_n == PADDED_FORWARD_COLUMNS and tile.chunks == 1:
         return replace(tile, registers=PADDED_FORWARD_REGISTERS)
     return tile
@@ -240,9 +256,10 @@ def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowT
             return replace(staged, registers=CLUSTER_BACKWARD_REGISTERS)
         return staged
     a_thread, narrow = BACKWARD_ELEMENTS[itemsize], NARROW_BACKWARD_ELEMENTS
+    in_warp = BACKWARD_IN_WARP[itemsize]
     if n % 2 and n > LONGEST_ODD:
         a_thread = narrow
-    one_tile = _staged(_resident(n, itemsize, a_thread, narrow, (1,)), n, itemsize)
+    one_tile = _staged(_resident(n, itemsize, a_thread, narrow, (1,), in_warp), n, itemsize)
     if n <= LEAST_BACKWARD_CHUNKS // itemsize:
         return one_tile
     if (n & -n) * itemsize * 2 >= WORD_BYTES:
