@@ -49,7 +49,7 @@ LONGEST_ODD = 1024
 """Columns of a row, at most, of which a thread has BACKWARD_ELEMENTS though each is an access: longer
 rows are one a program, whose masks and addresses take 132 to 146 registers."""
 
-FORWARD_IN_WARP = {2: 48, 4: 32, 8: 16}
+FORWARD_IN_WARP = {2: 48, 4: 48, 8: 24}
 """Elements a thread, at most, of rows that a warp holds in tiles side by side, a word of each a thread: no
 sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64 of
 16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
