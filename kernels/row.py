@@ -18,6 +18,7 @@ from .primitives import (
     centers_twice,
     compute_dtype,
     divide,
+    divides,
     evenly_apart,
     fills_warp,
     gradient_means,
@@ -90,10 +91,12 @@ def row_forward_resident(
         tl.store(spread_ptr + rows, spread, rows < M)
 
     rstd = scale(spread, eps, NORM)[:, None]
-    LOADED: tl.constexpr = ROWS if fills_warp(BLOCK_N, WORD) else 1
+    # Of a single padded tile the rows' masks take the registers.
+    BESIDE: tl.constexpr = fills_warp(BLOCK_N, WORD) and (CHUNKS > 1 or divides(BLOCK_N, N))
     for i in tl.static_range(CHUNKS):
         cols = i * BLOCK_N + lanes
-        y = affine(multiply(deviations[i], rstd), weight_ptr, bias_ptr, cols, N, OFFSET, ROUND, LOADED)
+        x_hat = multiply(deviations[i], rstd)
+        y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND, ROWS if BESIDE else 1)
         store_tile(y_ptr, y, rows, cols, masks[i], y_strides, sizes, ALIGN)
 
 
