@@ -248,7 +248,7 @@ def group_backward(
     WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_S, ALIGN)
 
     # Held before the loop the weight is one more wait, but fewer registers beside an address an element.
-    HELD: tl.constexpr = GROUPS > 1 and ADJACENT == "s" and WORD == 1
+    HELD: tl.constexpr = CG > 1 and GROUPS > 1 and ADJACENT == "s" and WORD == 1
     if HELD:
         weight = load_weight(weight_ptr, channels, present, dtype)
 
