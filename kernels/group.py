@@ -26,6 +26,7 @@ from .primitives import (
     compute_dtype,
     inverse_deviation,
     load_wide,
+    normalized,
     row_sum,
     summed_products,
     times,
@@ -256,13 +257,12 @@ def group_backward(
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
         xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
         sets = image * (C // CG) + groups
+        mean = at_channels(load_channels(mean_ptr, sets, known, dtype), CG, BLOCK_C)
         rstd = load_channels(rstd_ptr, sets, known, dtype)
         scale = at_channels(rstd, CG, BLOCK_C)
-        mean = at_channels(load_channels(mean_ptr, sets, known, dtype), CG, BLOCK_C)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            # As `normalized`; but x_hat and dx are not in pairs, of neighbouring registers, which spill.
-            x_hats += ((xs[i] - mean[:, None]) * tl.where(masks[i], scale[:, None], 0.0),)
+            x_hats += (normalized(xs[i], (rstd, mean), scale, masks[i]),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)
@@ -276,8 +276,8 @@ def group_backward(
             factor = weight * scale
             c1, c2 = at_channels(c1 * rstd, CG, BLOCK_C), at_channels(c2 * rstd, CG, BLOCK_C)
             for i in tl.static_range(CHUNKS):
-                dx = tl.fma(dys[i], factor[:, None], -c2[:, None])
-                dx = tl.fma(x_hats[i], -c1[:, None], dx)
+                dx = multiply_add(dys[i], factor[:, None], -c2[:, None])
+                dx = multiply_add(x_hats[i], -c1[:, None], dx)
                 positions = i * BLOCK_S + lanes
                 store_tile(dx_ptr, dx, image, channels, positions, masks[i], dx_strides, ADJACENT, ALIGN)
 

@@ -54,6 +54,10 @@ FORWARD_IN_WARP = {2: 48, 4: 48, 8: 24}
 sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64 of
 16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
 
+FULL_WARP_ELEMENTS, FULL_WARP_REGISTERS = 40, 80
+"""Elements a thread above which, and the registers a thread, at most, that the assembler is told to
+use: left alone it takes 64 to 76, and with 64 spills two of RMSNorm of 1,536 columns on sm_80."""
+
 BACKWARD_IN_WARP = {2: 0, 4: 8, 8: 8}
 """The same for the backward pass: twice as many, or 16 of 16 bits, take registers of which rows on their
 way are made, and up to 1.5 times as long on a B200 by the model (unmeasured)."""
@@ -190,7 +194,9 @@ def _resident(
     chunks = min(wide, key=lambda count: count * widths[count])
     held = access * of_warp  # elements a thread, if a warp holds a row
     if access == word and 1 < of_warp and held <= in_warp and lanes * of_warp <= chunks * widths[chunks]:
-        return _filled(lanes * of_warp, max(held, a_thread), of_warp)
+        full = held > FULL_WARP_ELEMENTS
+        tile = _filled(lanes * of_warp, max(held, a_thread), of_warp)
+        return replace(tile, registers=FULL_WARP_REGISTERS) if full else tile
     if chunks > 1:
         # Narrow accesses take the registers of more addresses.
         return _filled(widths[chunks] * chunks, chunks * max(access, word // 2), chunks)
