@@ -57,7 +57,8 @@ def over_groups(per_channel, CG: tl.constexpr, GROUPS: tl.constexpr):
     else:
         # Each group's channels in a line of their own: all groups take one reduction.
         WIDTH: tl.constexpr = triton.next_power_of_2(CG)
-        groups, members = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None], tl.arange(0, WIDTH)[None, :]
+        groups = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None]
+        members = tl.arange(0, WIDTH)[None, :]
         there = (groups < GROUPS) & (members < CG)
         channels = tl.where(there, groups * CG + members, 0)
         lines = tl.gather(per_channel, tl.reshape(channels, [channels.shape[0] * WIDTH]), 0)

@@ -50,9 +50,9 @@ LONGEST_ODD = 1024
 rows are one a program, whose masks and addresses take 132 to 146 registers."""
 
 FORWARD_IN_WARP = {2: 48, 4: 48, 8: 24}
-"""Elements a thread, at most, of rows that a warp holds in tiles side by side, a word of each a thread: no
-sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64 of
-16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
+"""Elements a thread, at most, of rows that a warp holds in tiles side by side, a word of each a thread:
+no sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64
+of 16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
 
 FULL_WARP_ELEMENTS, FULL_WARP_REGISTERS = 40, 80
 """Elements a thread above which, and the registers a thread, at most, that the assembler is told to
@@ -178,9 +178,7 @@ def _filled(block_n: int, a_thread: int, chunks: int = 1) -> RowTile:
     return RowTile(rows, block_n, num_warps, chunks=chunks)
 
 
-def _resident(
-    n: int, itemsize: int, a_thread: int, a_narrow: int, counts, in_warp: int = 0
-) -> RowTile:
+def _resident(n: int, itemsize: int, a_thread: int, a_narrow: int, counts, in_warp: int = 0) -> RowTile:
     """The tile of resident rows of adjacent elements, in the chunks that leave the least padding; of
     those a warp's, where it has no more than `in_warp` elements a thread."""
     word = WORD_BYTES // itemsize
@@ -193,7 +191,7 @@ def _resident(
     wide = [count for count in counts if count == 1 or widths[count] * itemsize >= CHUNK_BYTES]
     chunks = min(wide, key=lambda count: count * widths[count])
     held = access * of_warp  # elements a thread, if a warp holds a row
-    if access == word and 1 < of_warp and held <= in_warp and lanes * of_warp <= chunks * widths[chunks]:
+    if access == word and of_warp > 1 and held <= in_warp and lanes * of_warp <= chunks * widths[chunks]:
         full = held > FULL_WARP_ELEMENTS
         tile = _filled(lanes * of_warp, max(held, a_thread), of_warp)
         return replace(tile, registers=FULL_WARP_REGISTERS) if full else tile
