@@ -115,6 +115,7 @@ SHAPES = (
     Shape(GROUP_NORM, (1, 4, 1, 1, 1), 2, "one point of a volume"),
     Shape(GROUP_NORM, (2, 4, 3, 5, 7), 2, "a volume"),
     Shape(GROUP_NORM, (2, 12, 14, 14), 3, "several tiles side by side, of groups of four channels"),
+    Shape(GROUP_NORM, (2, 15, 7, 7), 3, "three groups a tile, of five channels each, odd"),
     Shape(GROUP_NORM, (1, 10, 64, 64), 2, "in pieces, masks of channels"),
     Shape(GROUP_NORM, (1, 2, 130, 131), 1, "in pieces, odd"),
     Shape(

@@ -50,6 +50,20 @@ def test_passes_from_the_output_hold_what_others_hold(itemsize):
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
+def test_short_rows_are_a_warp_s(itemsize):
+    """Of whole words, forward: from two words a thread to as many as it may hold, without more padding
+    than another tile would have."""
+    word = common.WORD_BYTES // itemsize
+    lanes = common.WARP * word
+    for chunks in range(2, rows.FORWARD_IN_WARP[itemsize] // word + 1):
+        tile = rows.row_forward(chunks * lanes, itemsize, False)
+        assert (tile.block_n, tile.chunks) == (chunks * lanes, chunks)
+        assert tile.rows % tile.num_warps == 0
+        shorter = rows.row_forward(chunks * lanes - word, itemsize, False)
+        assert shorter.block_n <= tile.block_n
+
+
+@pytest.mark.parametrize("itemsize", ITEM_SIZES)
 def test_resident_up_to_the_limit(itemsize):
     forward, backward = (
         rows.FORWARD_RESIDENT[itemsize],
