@@ -14,6 +14,7 @@ from .channel import (
     known_to_divide,
     load_channels,
     load_weight,
+    set_numbers,
     store_tile,
     tile_mask,
     tile_pointers,
@@ -56,13 +57,13 @@ def over_groups(per_channel, CG: tl.constexpr, GROUPS: tl.constexpr):
         sums = tl.sum(tl.reshape(per_channel, [per_channel.shape[0] // CG, CG]), axis=1)
     else:
         # Each group's channels in a line of their own: all groups take one reduction.
-        WIDTH: tl.constexpr = triton.next_power_of_2(CG)
+        LINE: tl.constexpr = triton.next_power_of_2(CG)
         groups = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None]
-        members = tl.arange(0, WIDTH)[None, :]
+        members = tl.arange(0, LINE)[None, :]
         there = (groups < GROUPS) & (members < CG)
-        channels = tl.where(there, groups * CG + members, 0)
-        lines = tl.gather(per_channel, tl.reshape(channels, [channels.shape[0] * WIDTH]), 0)
-        sums = tl.sum(tl.where(there, tl.reshape(lines, channels.shape), 0.0), axis=1)
+        places = tl.where(there, groups * CG + members, 0)
+        lines = tl.gather(per_channel, tl.reshape(places, [places.shape[0] * LINE]), 0)
+        sums = tl.sum(tl.where(there, tl.reshape(lines, places.shape), 0.0), axis=1)
     return sums
 
 
@@ -189,7 +190,7 @@ def group_forward(
         store_tile(y_ptr, y, image, channels, positions, masks[i], y_strides, ADJACENT, ALIGN)
 
     groups, known = tile_sets(block, channels, present, C, CG, GROUPS)
-    sets = image * (C // CG) + groups
+    sets = set_numbers(image, groups, 1, C // CG)
     if mean_ptr is not None:
         tl.store(mean_ptr + sets, mean, known)
     if rstd_ptr is not None:
@@ -257,13 +258,13 @@ def group_backward(
     for image in range(program, N, tl.num_programs(1)):
         dys = load_tiles(dy_ptr, image, channels, lanes, masks, dy_strides, ADJACENT, ALIGN)
         xs = load_tiles(x_ptr, image, channels, lanes, masks, x_strides, ADJACENT, ALIGN)
-        sets = image * (C // CG) + groups
+        sets = set_numbers(image, groups, 1, C // CG)
         mean = at_channels(load_channels(mean_ptr, sets, known, dtype), CG, BLOCK_C)
         rstd = load_channels(rstd_ptr, sets, known, dtype)
         scale = at_channels(rstd, CG, BLOCK_C)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            x_hats += (normalized(xs[i], (rstd, mean), scale, masks[i]),)
+            x_hats += (normalized(xs[i], (scale, mean), scale, masks[i]),)
 
         dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)

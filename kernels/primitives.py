@@ -32,9 +32,16 @@ def between_warps(count, WORD):
 
 
 @triton.constexpr_function
-def fills_warp(count, WORD):
-    """Whether a line of `count` elements, of which a thread accesses WORD at once, is a warp's."""
-    return count == 32 * WORD
+def fills_warp(dtype, count, WORD):
+    """Whether a line of `count` elements, of which a thread accesses WORD at once, is 16 bytes for each
+    thread of a warp."""
+    return dtype.primitive_bitwidth * WORD == 128 and count == 32 * WORD
+
+
+@triton.constexpr_function
+def no_narrower(ptr, dtype):
+    """Whether what is at ptr, which may be None, has elements as wide as those of `dtype`, or wider."""
+    return ptr is None or ptr.dtype.element_ty.primitive_bitwidth >= dtype.primitive_bitwidth
 
 
 @triton.constexpr_function
@@ -299,7 +306,7 @@ def load_parameter(
 ):
     """A weight or bias `[ROWS, BLOCK_N]`, widened, plus OFFSET. With one row for all of a tile's the
     compiler may carry it through shared memory to the threads that need it; with as many as the tile
-    has each thread loads what it needs."""
+    has each thread loads it for each of its rows."""
     if ROWS == 1:
         parameter = load_wide(ptr + cols, cols < N).to(dtype)[None, :]
     else:

@@ -27,6 +27,7 @@ from .primitives import (
     load_statistics,
     load_tile,
     load_wide,
+    no_narrower,
     plus,
     plus_products,
     row_pointers,
@@ -84,19 +85,23 @@ def row_forward_resident(
             mean += rest
         if mean_ptr is not None:
             tl.store(mean_ptr + rows, mean, rows < M)
-    WORD: tl.constexpr = word(x_ptr.dtype.element_ty, BLOCK_N, ALIGN)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    WORD: tl.constexpr = word(DTYPE, BLOCK_N, ALIGN)
     ALONE: tl.constexpr = alone(BLOCK_N, WORD)
     spread = row_spread(row_sum(summed_products(deviations, deviations, ALONE)), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
     rstd = scale(spread, eps, NORM)[:, None]
-    # Of a single padded tile the rows' masks take the registers.
-    BESIDE: tl.constexpr = fills_warp(BLOCK_N, WORD) and (CHUNKS > 1 or divides(BLOCK_N, N))
+    # The widest load of a tile's shape decides its layout: a parameter's, wider than x's, would decide
+    # the order of x's sums. Of a single padded tile the rows' masks take the registers.
+    WIDE: tl.constexpr = no_narrower(weight_ptr, DTYPE) and no_narrower(bias_ptr, DTYPE)
+    UNPADDED: tl.constexpr = CHUNKS > 1 or divides(BLOCK_N, N)
+    BESIDE: tl.constexpr = ROWS if fills_warp(DTYPE, BLOCK_N, WORD) and WIDE and UNPADDED else 1
     for i in tl.static_range(CHUNKS):
         cols = i * BLOCK_N + lanes
         x_hat = multiply(deviations[i], rstd)
-        y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND, ROWS if BESIDE else 1)
+        y = affine(x_hat, weight_ptr, bias_ptr, cols, N, OFFSET, ROUND, BESIDE)
         store_tile(y_ptr, y, rows, cols, masks[i], y_strides, sizes, ALIGN)
 
 

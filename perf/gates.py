@@ -162,9 +162,11 @@ def _tiles_ahead(k: Lowered) -> bool:
     return _ahead(k) and k.tile[1].bit_count() > 1  # several, whose columns are a power of two each
 
 
-def _group_backward(stack: int, num_warps: int) -> Callable[[Lowered], bool]:
-    """Whether it is that kernel, of so many warps, and spills no more than `stack` bytes."""
-    return lambda k: k.kernel == "group_backward" and k.num_warps == num_warps and k.stack <= stack
+def _contiguous_sets(positions: int, stack: int) -> Callable[[Lowered], bool]:
+    """Whether it is the backward pass of resident sets of contiguous lines of so many positions, and
+    spills no more than `stack` bytes."""
+    kind = ("group_backward", "contiguous", positions)
+    return lambda k: (k.kernel, k.layout, k.line) == kind and k.stack <= stack
 
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
@@ -172,7 +174,7 @@ ROWS_AHEAD = "rows are on their way to shared memory: by the model one block an 
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
 WIDE_SETS = "32 warps have no more registers, and by the model 16 take 1.1 times as long"
-NARROW_SETS = "an address an element beside the sums of its line; Triton 3.9 spills none"
+NARROW_SETS = "an address an element, and on sm_100 pairs of registers; Triton 3.9 spills none"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
 
 HALF = ("bf16", "fp16")
@@ -198,8 +200,8 @@ EXEMPT = (
         ("sm_80", "sm_100"),
         (3, 6),
     ),
-    Exemption("1 spills", WIDE_SETS, _group_backward(8, 32), ("bf16", "fp32"), ("sm_80",), (3, 9)),
-    Exemption("1 spills", NARROW_SETS, _group_backward(16, 4), ("bf16",), ("sm_80", "sm_100"), (3, 6)),
+    Exemption("1 spills", WIDE_SETS, _contiguous_sets(121, 8), ("bf16", "fp32"), ("sm_80",), (3, 9)),
+    Exemption("1 spills", NARROW_SETS, _contiguous_sets(49, 16), ("bf16",), ("sm_80", "sm_100"), (3, 6)),
     Exemption("1 spills", TEAMS_OFF, _two_registers("row_team_backward"), ("bf16",), ("sm_80",), (3, 6)),
 )
 """What is exempt, with the pinned Triton (3.9) and the oldest that is supported, with which every launch

@@ -181,6 +181,22 @@ def test_special_values(operator, shape, device):
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@every_format
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("channels", [6, 8])
+def test_nan_stays_in_its_group(channels, group, memory_format, device):
+    """Also in the backward pass, of groups that share a tile: of three channels, where the last one's
+    are followed by padding, and of four."""
+    x, dy = (in_format(torch.randn(2, channels, 3, 3, device=device), memory_format) for _ in range(2))
+    weight, bias = torch.randn(2, channels, device=device)
+    x[:, group * channels // 2, 0, 0] = torch.nan
+    y, (dx, *_) = run(GROUP_NORM, x, weight, bias, dy, 2)
+    for found in (y, dx):
+        spoilt = found.isnan().reshape(2, 2, -1)
+        assert spoilt[:, group].all()
+        assert not spoilt[:, 1 - group].any()
+
+
 CROPPED = (slice(None), slice(None), slice(1, -1), slice(2, -1))
 STRIDED = {
     "some channels": lambda x: torch.cat([x, x], 1)[:, 1 : 1 + x.shape[1]],

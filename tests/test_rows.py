@@ -303,6 +303,17 @@ def test_same_bits_again(operator, n, device):
         assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("operator", [LAYER_NORM, RMS_NORM], ids=str)
+@pytest.mark.parametrize("n", [127, 130, 256, 512])
+def test_sums_do_not_depend_on_the_weight(operator, n, device):
+    """Its presence, dtype and alignment decide loads of a tile's shape, but not the layout of x."""
+    x = torch.randn(16, n, device=device)
+    ones = torch.ones(n + 1, device=device)
+    y, _ = run(operator, x, None, None, x)
+    for weight in (ones[:n], ones[1:], ones[:n].bfloat16()):
+        assert torch.equal(run(operator, x, weight, None, x)[0], y)
+
+
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [60, 127, 1004, 20000])

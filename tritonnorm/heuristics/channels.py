@@ -59,7 +59,7 @@ GROUP_BACKWARD_RESIDENT_NARROW = {2: 8192, 4: 8192, 8: 4096}
 warps have up to 128 registers, and for narrow accesses: 32 warps have 64 registers each, and spill."""
 
 MAX_GROUPS, MAX_GROUP_CHANNELS = 16, 1024
-"""Groups and channels, at most, of a tile of several groups: its folds take instructions a group."""
+"""Groups and channels, at most, of a tile of several groups (unmeasured)."""
 
 LINE_BYTES = 64
 """Bytes side by side, at least, that a resident tile takes of channels_last: with half of it the
@@ -197,7 +197,7 @@ def _group_tile(
         quality = (wide, aligned, min(block_c * block_s, filling), count * cg / block_c, -count)
         if best is None or quality > best[0]:
             warps = warps_of(block_c * width, a_thread)
-            if adjacent == "c":  # of small tiles a word a thread is enough
+            if adjacent == "c":  # of small tiles a word a thread: more spill single registers
                 warps = max(warps, min(warps_of(block_c * width, WORD_BYTES // itemsize), MIN_WARPS))
             most = registers(warps, itemsize)
             if warps <= told and not scattered:
