@@ -38,7 +38,8 @@ from .primitives import (
 @triton.constexpr_function
 def alone_in_line(dtype, BLOCK_C, BLOCK_S, ADJACENT, ALIGN):
     """Whether a thread may have a single position of a channel in a tile: of one with no more elements
-    than threads; of a line that all warps share; and of channels_last, where few lanes share one."""
+    than threads; of a line that all warps share; and of channels_last, of whose lines only those of up
+    to 128 positions are spread so thinly."""
     if ADJACENT == "s":
         single = alone(BLOCK_S, word(dtype, BLOCK_S, ALIGN), 512)
     else:
