@@ -25,7 +25,7 @@ again (unmeasured)."""
 NARROW_LINE_ELEMENTS, NARROW_SET = 16, 4096
 """The same, at most, where accesses are of less than 8 bytes, each with an address of its own. Half as
 many backward of sets of more than 4,096 elements, which would spill up to 104 bytes; and of float32, of
-which twice as many spill 8 to 24, and by the model take 0.96 to 1.1 times as long (unmeasured)."""
+which twice as many spill 8 to 24, and by the model take 0.96 to 1.3 times as long (unmeasured)."""
 
 LINE_TILES = 8
 """Tiles side by side, at most, that hold a line of positions: a thread then has the sums of few lines,

@@ -54,13 +54,14 @@ FORWARD_IN_WARP = {2: 48, 4: 48, 8: 24}
 no sum is then exchanged between warps, which takes a sixth to two thirds of the instructions. 56 and 64
 of 16 bits take 80 and 90 registers, and gain nothing by the model (unmeasured)."""
 
-FULL_WARP_ELEMENTS, FULL_WARP_REGISTERS = 40, 80
-"""Elements a thread above which, and the registers a thread, at most, that the assembler is told to
-use: left alone it takes 64 to 76, and with 64 spills two of RMSNorm of 1,536 columns on sm_80."""
-
 BACKWARD_IN_WARP = {2: 0, 4: 8, 8: 8}
 """The same for the backward pass: twice as many, or 16 of 16 bits, take registers of which rows on their
 way are made, and up to 1.5 times as long on a B200 by the model (unmeasured)."""
+
+FULL_WARP_ELEMENTS, FULL_WARP_REGISTERS = 40, 80
+"""Elements a thread of the forward pass over such rows, above which the assembler is told to use so many
+registers a thread at most: left alone it takes 64 to 76, and with 64 spills two of RMSNorm of 1,536
+columns on sm_80."""
 
 FORWARD_CHUNKS = {2: (1, 3, 5), 4: (1, 3, 5), 8: (1,)}
 """Tiles side by side that may hold a row, a word of each a thread: 5,120 columns are 5 times 1,024,
