@@ -167,7 +167,7 @@ def store_tile(
 
 @triton.jit
 def load_channels(ptr, index, mask, dtype: tl.constexpr):
-    """A vector `[BLOCK_C]` of parameters or statistics, widened; zero in the padding lanes."""
+    """Parameters of channels, or statistics of channels or groups, widened; zero where there is none."""
     return tl.load(ptr + index, mask, other=0.0).to(dtype)
 
 
@@ -389,7 +389,8 @@ def channel_gradient_sums(
         mask = tile_mask(present, start + lanes, end, ADJACENT, ALIGN)
         dy = load_tile(dy_ptr, n, columns, lanes, mask, dy_strides, ADJACENT, ALIGN, start)
         x = load_tile(x_ptr, n, columns, lanes, mask, x_strides, ADJACENT, ALIGN, start)
-        dweight = multiply_add(dy, normalized(x, (rstd, mean), rstd, mask), dweight)
+        x_hat = normalized(x, mean[:, None], tl.where(mask, rstd[:, None], 0.0))
+        dweight = multiply_add(dy, x_hat, dweight)
         dbias = add(dbias, dy)
         if dx_ptr is not None:
             dx = multiply(dy, factor[:, None])

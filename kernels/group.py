@@ -28,8 +28,9 @@ from .primitives import (
     inverse_deviation,
     load_wide,
     normalized,
+    products,
     row_sum,
-    summed_products,
+    sum_of_products,
     times,
     word,
 )
@@ -175,7 +176,7 @@ def group_forward(
         rest, deviations = center_groups(deviations, masks, inverse_count, CG, GROUPS)
         mean += rest
     ALONE: tl.constexpr = alone_in_line(x_ptr.dtype.element_ty, BLOCK_C, BLOCK_S, ADJACENT, ALIGN)
-    squares = over_groups(row_sum(summed_products(deviations, deviations, ALONE)), CG, GROUPS)
+    squares = over_groups(tl.sum(sum_of_products(deviations, deviations, ALONE), axis=1), CG, GROUPS)
     variance = times(squares, inverse_count)
     rstd = inverse_deviation(variance, eps)
 
@@ -265,9 +266,13 @@ def group_backward(
         scale = at_channels(rstd, CG, BLOCK_C)
         x_hats = ()
         for i in tl.static_range(CHUNKS):
-            x_hats += (normalized(xs[i], (scale, mean), scale, masks[i]),)
+            x_hats += (normalized(xs[i], mean[:, None], tl.where(masks[i], scale[:, None], 0.0)),)
 
-        dy_x_hat = row_sum(summed_products(dys, x_hats, ALONE))
+        # A chain of FMAs takes registers that narrow accesses need for their addresses.
+        if WORD > 1:
+            dy_x_hat = tl.sum(sum_of_products(dys, x_hats, ALONE), axis=1)
+        else:
+            dy_x_hat = row_sum(products(dys, x_hats, ALONE))
         dy_sum = row_sum(dys)
         dweight += dy_x_hat
         dbias += dy_sum

@@ -214,14 +214,23 @@ def plus_products(tiles, factors, others):
 
 
 @triton.jit
-def summed_products(tiles, others, ALONE: tl.constexpr):
-    """The products, tile by tile, whose row sums are wanted. The first of several tiles is rounded, FMAs
-    add the others to it: of a sum of two products the compiler rounds one or the other, not the same in
-    all kernels. In pairs all are rounded."""
+def products(tiles, others, ALONE: tl.constexpr):
+    """The products, tile by tile, of which row sums are wanted as well. Of several tiles all are
+    rounded: left to the compiler, FMAs add up more of them in one kernel of a shape than in another."""
     found = ()
     for i in tl.static_range(len(tiles)):
-        found += (product(tiles[i], others[i], i == 0 and (ALONE or len(tiles) > 1)),)
+        found += (product(tiles[i], others[i], ALONE or len(tiles) > 1),)
     return found
+
+
+@triton.jit
+def sum_of_products(tiles, others, ALONE: tl.constexpr):
+    """The sum `[ROWS, BLOCK_N]` of the products of tiles side by side. Of several the first is rounded,
+    and FMAs add the others, for the same reason."""
+    total = product(tiles[0], others[0], ALONE or len(tiles) > 1)
+    for i in tl.static_range(1, len(tiles)):
+        total = multiply_add(tiles[i], others[i], total)
+    return total
 
 
 @triton.jit
@@ -229,7 +238,7 @@ def added(tiles):
     """The sum `[ROWS, BLOCK_N]` of tiles side by side."""
     total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
-        total += tiles[i]
+        total = add(total, tiles[i])
     return total
 
 
@@ -240,20 +249,19 @@ def row_sum(tiles):
 
 
 @triton.jit
-def word_sums(tiles, WORD: tl.constexpr):
-    """The sums `[ROWS, BLOCK_N / WORD]` of WORD adjacent columns of tiles side by side."""
-    total = added(tiles)
-    return tl.sum(tl.reshape(total, [total.shape[0], total.shape[1] // WORD, WORD]), axis=2)
+def word_sums(tile, WORD: tl.constexpr):
+    """The sums `[ROWS, BLOCK_N / WORD]` of WORD adjacent columns of a tile."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // WORD, WORD]), axis=2)
 
 
 @triton.jit
-def row_sums(tiles, others, WORD: tl.constexpr):
-    """The row sums `[ROWS]` of two lots of tiles, which warps exchange together: half of the barriers.
+def row_sums(tile, other, WORD: tl.constexpr):
+    """The row sums `[ROWS]` of two tiles, which warps exchange together: half of the barriers.
 
     WORD columns are a thread's, and added up before they are joined: pairs of all of them take a quarter
     more registers, as narrow words do.
     """
-    return tl.split(tl.sum(tl.join(word_sums(tiles, WORD), word_sums(others, WORD)), axis=1))
+    return tl.split(tl.sum(tl.join(word_sums(tile, WORD), word_sums(other, WORD)), axis=1))
 
 
 @triton.jit
@@ -347,15 +355,12 @@ def affine(
 
 
 @triton.jit
-def normalized(x, statistics, rstd, mask):
-    """x_hat from the saved statistics; zero in the padding lanes.
-
-    There the factor is zero, which is selected for adjacent lanes together; the difference could be
-    infinite or NaN only where all of the row is.
-    """
-    if len(statistics) > 1:
-        x = subtract(x, statistics[1][:, None])
-    return multiply(x, tl.where(mask, rstd[:, None], 0.0))
+def normalized(x, mean, rstd):
+    """x_hat = (x - mean) * rstd of saved statistics; there may be no mean (None). It is zero in padding
+    lanes if one of them is: the other is infinite or NaN only where x_hat of all of the row is NaN."""
+    if mean is not None:
+        x = subtract(x, mean)
+    return multiply(x, rstd)
 
 
 @triton.jit
@@ -386,7 +391,10 @@ def saved_x_hat(
     if SAVED == "y":
         x_hat = recovered(x, weight_ptr, bias_ptr, cols, mask, N, OFFSET)
     else:
-        x_hat = normalized(x, statistics, rstd, mask)
+        mean = None
+        if len(statistics) > 1:
+            mean = without_padding(statistics[1][:, None], mask, N)
+        x_hat = normalized(x, mean, rstd[:, None])
     return x_hat
 
 

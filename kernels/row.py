@@ -10,6 +10,7 @@ from .arithmetic import add, multiply, multiply_add, subtract
 from .names import kernel
 from .primitives import (
     across,
+    added,
     affine,
     aligned,
     alone,
@@ -30,6 +31,7 @@ from .primitives import (
     no_narrower,
     plus,
     plus_products,
+    products,
     row_pointers,
     row_spread,
     row_sum,
@@ -37,7 +39,7 @@ from .primitives import (
     saved_x_hat,
     scale,
     store_tile,
-    summed_products,
+    sum_of_products,
     tile_mask,
     word,
 )
@@ -88,7 +90,8 @@ def row_forward_resident(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORD: tl.constexpr = word(DTYPE, BLOCK_N, ALIGN)
     ALONE: tl.constexpr = alone(BLOCK_N, WORD)
-    spread = row_spread(row_sum(summed_products(deviations, deviations, ALONE)), eps, N, NORM)
+    squares = sum_of_products(deviations, deviations, ALONE)
+    spread = row_spread(tl.sum(squares, axis=1), eps, N, NORM)
     if spread_ptr is not None:
         tl.store(spread_ptr + rows, spread, rows < M)
 
@@ -309,20 +312,21 @@ def row_backward(
         if dx_ptr is not None:
             wdys = dys
             if weight_ptr is not None and HELD:
-                wdys = summed_products(dys, weights, ALONE)
+                wdys = products(dys, weights, ALONE)
             elif weight_ptr is not None:
                 again = ()
                 for i in tl.static_range(CHUNKS):
                     again += (load_parameter(weight_ptr, i * BLOCK_N + lanes, dtype, N, OFFSET),)
-                wdys = summed_products(dys, again, ALONE)
+                wdys = products(dys, again, ALONE)
             if c1_ptr is not None:
                 c1 = tl.load(c1_ptr + rows, rows < M, other=0.0)
                 c2 = tl.load(c2_ptr + rows, rows < M, other=0.0)
             else:
+                wdy_x_hat = sum_of_products(wdys, x_hats, ALONE)
                 if NORM == "layer" and between_warps(BLOCK_N, WORD):
-                    sum_wdy, sum_wdy_x_hat = row_sums(wdys, summed_products(wdys, x_hats, ALONE), WORD)
+                    sum_wdy, sum_wdy_x_hat = row_sums(added(wdys), wdy_x_hat, WORD)
                 else:
-                    sum_wdy_x_hat, sum_wdy = row_sum(summed_products(wdys, x_hats, ALONE)), row_sum(wdys)
+                    sum_wdy_x_hat, sum_wdy = tl.sum(wdy_x_hat, axis=1), row_sum(wdys)
                 c1, c2 = gradient_means(sum_wdy_x_hat, sum_wdy, spread, eps, N, NORM)
             if not CARRIED:
                 dx_rows = row_pointers(dx_ptr, rows, dx_strides, sizes, ALIGN)

@@ -32,7 +32,8 @@ def test_tiles_are_legal(choose, cluster, itemsize, strided):
             assert size & (size - 1) == 0
         assert tile.num_ctas <= cluster
         assert elements <= 2**20  # Triton's largest tensor
-        assert common.MIN_WARPS <= tile.num_warps <= common.MAX_WARPS
+        fewest = rows.AHEAD_WARPS if tile.stages > 1 else common.MIN_WARPS
+        assert fewest <= tile.num_warps <= common.MAX_WARPS
         assert elements >= tile.num_ctas * tile.num_warps * common.WARP  # no thread without an element
         assert tile.block_n < 2 * n or tile.block_n == 1  # no wider than the row needs
 
@@ -165,10 +166,13 @@ def test_partials(m, n, itemsize):
 
 
 def test_programs_that_walk_are_a_power_of_two():
-    """As blocks of an SM are: no wave is nearly empty. Those of one step are as many as the steps."""
+    """As blocks of an SM are: no wave is nearly empty. Of those of one step or two none is left over."""
     assert rows.row_partials(16384, 4096, 2, 2, rows=1) == 256  # of 307 that may be
     assert rows.row_partials(16384, 4096, 2, 1, rows=1) == 512
-    assert rows.row_partials(300, 1024, 2, 2, rows=1) == 300
+    assert rows.row_partials(200, 1024, 2, 2, rows=1) == 200
+    assert rows.row_partials(300, 1024, 2, 2, rows=1) == 256
+    assert rows.row_partials(600, 1024, 2, 2, rows=1) == 300
+    assert rows.row_partials(600, 1024, 2, 0, rows=1) == 600  # nothing to fold
     assert rows.row_partials(2**20, 1024, 2, 0, rows=2) == common.MAX_PARTIALS
 
 
@@ -193,7 +197,7 @@ def test_rows_are_under_way_ahead_of_the_work():
         return rows.row_backward(n, itemsize, more.pop("strided", False), **more).stages
 
     for n in (8, 512, 768, 1000, 1024, 4096, 8192):
-        assert stages(n, 2) == (2 if n == 512 else 3)
+        assert stages(n, 2) == 3
         assert rows.row_forward(n, 2, False).stages == stages(n, 8) == 1
     assert [stages(n, 4) for n in (512, 1024, 4096, 8192)] == [1, 3, 3, 2]
     assert [stages(n, 2, cluster=16) for n in (16384, 65536)] == [3, 3]
@@ -201,6 +205,15 @@ def test_rows_are_under_way_ahead_of_the_work():
     assert [stages(n, itemsize) for itemsize in (2, 4) for n in (3072, 5120, 6144)] == [3] * 6
     assert [stages(n, 2) for n in (127, 1001, 5124, 8193)] == [1] * 4
     assert stages(4096, 2, strided=True) == 1
+
+
+@pytest.mark.parametrize("n", [8, 128, 512, 768, 1024, 2048])
+def test_two_warps_load_short_rows_ahead(n):
+    """Each thread has as many elements as of other tiles; float32 takes four warps."""
+    tile = rows.row_backward(n, 2, False)
+    assert tile.num_warps == (4 if n == 2048 else rows.AHEAD_WARPS)
+    assert tile.rows * tile.block_n == tile.num_warps * common.WARP * rows.BACKWARD_ELEMENTS[2]
+    assert rows.row_backward(n, 4, False).num_warps >= common.MIN_WARPS
 
 
 def test_partials_fill_a_gpu():
@@ -214,10 +227,10 @@ def test_small_tensors_take_a_wave(n, itemsize):
     """Up to 8 MB at most 512 programs, whatever else would be allowed; beyond, as many as large tensors.
     Without parameters there is nothing to fold."""
     small = 8 * 2**20 // (n * itemsize)
-    most = {m: rows.row_partials(m, n, itemsize, 1, rows=1) for m in (64, small, small + 1)}
+    most = {m: rows.row_partials(m, n, itemsize, 1, rows=1) for m in (64, small, small + 1, 2 * small)}
     assert most[64] == 64
-    assert most[small] == common.SMALL_PARTIALS
-    assert most[small + 1] == common.MAX_PARTIALS
+    assert most[small] == common.SMALL_PARTIALS < most[small + 1]
+    assert most[2 * small] == common.MAX_PARTIALS
     assert rows.row_partials(small, n, itemsize, 0, rows=1) == common.MAX_PARTIALS
     assert rows.row_partials(small, n, itemsize, 1, rows=1, programs=256) == 256
 

@@ -31,8 +31,14 @@ BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 4096}
 their way to shared memory. And the bytes of such a row, at least, by bytes an element: of short ones of
 float32 an SM holds enough programs (unmeasured)."""
 
-STAGES_OF_FOUR = 2
-"""The same of tiles of four rows: with three of them under way LayerNorm takes 133 to 143 registers."""
+AHEAD_WARPS, AHEAD_WARPS_BYTES = 2, 2
+"""Warps, at least, of a program that loads short rows ahead, whose elements have so many bytes at most:
+four warps exchange the sums of two rows, and take a quarter more instructions; and fewer such programs
+are on an SM than there could be. Of float32, in bytes, either takes as long (unmeasured)."""
+
+FEW_PROGRAMS = 256
+"""Programs that take a step each, at most, where they leave partial sums: more of them take longer to
+fold than half as many take for a second step (unmeasured)."""
 
 STAGED_BYTES = 96 * 1024
 """Shared memory of a block, at most, that those take: on sm_86, sm_89 and sm_120 it has 99 KB."""
@@ -237,10 +243,12 @@ def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
     least = LEAST_STAGED_BYTES.get(itemsize)
     if least is None or n * itemsize < least or not whole_words(n, itemsize):
         return tile
-    most = STAGES_OF_FOUR if tile.rows == 4 else BACKWARD_STAGES
+    if itemsize <= AHEAD_WARPS_BYTES:
+        shares = min(tile.rows, tile.num_warps // AHEAD_WARPS)  # programs that this one is enough for
+        tile = replace(tile, rows=tile.rows // shares, num_warps=tile.num_warps // shares)
     # Of x and dy, which is float32 under autocast.
     a_stage = tile.rows * tile.block_n * (itemsize + max(itemsize, 4)) // tile.num_ctas
-    return replace(tile, stages=min(1 + STAGED_BYTES // a_stage, most))
+    return replace(tile, stages=min(1 + STAGED_BYTES // a_stage, BACKWARD_STAGES))
 
 
 def row_backward(n: int, itemsize: int, strided: bool, cluster: int = 1) -> RowTile:
@@ -306,8 +314,10 @@ def row_partials(
     gradients of `parameters` (0 to 2) parameters of n elements.
 
     Where each takes several steps they are a power of two: an SM holds as many, so that of 132 or 148
-    SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured).
+    SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured). Where all take
+    two, the last wave is the only one.
     """
     program_bytes, steps = parameters * n * max(itemsize, 4), ceil(m / rows)
-    count = partials(steps, program_bytes, 3 * m * n * itemsize, programs)
-    return count if count == steps else power_of_two(count + 1) // 2
+    most = max(ceil(steps / 2), FEW_PROGRAMS) if program_bytes else steps
+    count = partials(min(steps, most), program_bytes, 3 * m * n * itemsize, programs)
+    return count if count in (steps, most) else power_of_two(count + 1) // 2
