@@ -173,7 +173,6 @@ FEW_FOLD = "few programs fold, and with fewer registers they spill"
 ROWS_AHEAD = "rows are on their way to shared memory: by the model one block an SM is enough"
 NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
-WIDE_SETS = "32 warps have no more registers, and by the model 16 take 1.1 times as long"
 NARROW_SETS = "an address an element, and pairs of registers, by which others gain up to 3%"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
 
@@ -200,7 +199,6 @@ EXEMPT = (
         ("sm_80", "sm_100"),
         (3, 6),
     ),
-    Exemption("1 spills", WIDE_SETS, _contiguous_sets(121, 8), ("bf16", "fp32"), ("sm_80",), (3, 9)),
     Exemption("1 spills", NARROW_SETS, _contiguous_sets(49, 8), ("bf16",), ("sm_100",)),
     Exemption("1 spills", TEAMS_OFF, _two_registers("row_team_backward"), ("bf16",), ("sm_80",), (3, 6)),
 )

@@ -207,13 +207,14 @@ def test_rows_are_under_way_ahead_of_the_work():
     assert stages(4096, 2, strided=True) == 1
 
 
-@pytest.mark.parametrize("n", [8, 128, 512, 768, 1024, 2048])
+@pytest.mark.parametrize("n", [8, 64, 128, 512, 768, 1024, 2048])
 def test_two_warps_load_short_rows_ahead(n):
-    """Each thread has as many elements as of other tiles; float32 takes four warps."""
+    """But the shortest. Each thread has as many elements as of other tiles."""
     tile = rows.row_backward(n, 2, False)
-    assert tile.num_warps == (4 if n == 2048 else rows.AHEAD_WARPS)
+    assert tile.num_warps == (4 if n in (8, 64, 2048) else rows.AHEAD_WARPS)
     assert tile.rows * tile.block_n == tile.num_warps * common.WARP * rows.BACKWARD_ELEMENTS[2]
     assert rows.row_backward(n, 4, False).num_warps >= common.MIN_WARPS
+    assert rows.row_backward(1280, 4, False).num_warps == rows.AHEAD_WARPS  # in five tiles
 
 
 def test_partials_fill_a_gpu():

@@ -31,10 +31,10 @@ BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 4096}
 their way to shared memory. And the bytes of such a row, at least, by bytes an element: of short ones of
 float32 an SM holds enough programs (unmeasured)."""
 
-AHEAD_WARPS, AHEAD_WARPS_BYTES = 2, 2
-"""Warps, at least, of a program that loads short rows ahead, whose elements have so many bytes at most:
-four warps exchange the sums of two rows, and take a quarter more instructions; and fewer such programs
-are on an SM than there could be. Of float32, in bytes, either takes as long (unmeasured)."""
+AHEAD_WARPS, AHEAD_WARPS_BYTES = 2, 256
+"""Warps, at least, of a program that loads rows of so many bytes, at least, ahead: four warps exchange
+the sums of two rows, and take a quarter more instructions; and fewer of such programs are on an SM than
+there could be. Of shorter rows two take as long, and more registers (unmeasured)."""
 
 FEW_PROGRAMS = 256
 """Programs that take a step each, at most, where they leave partial sums: more of them take longer to
@@ -243,7 +243,7 @@ def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
     least = LEAST_STAGED_BYTES.get(itemsize)
     if least is None or n * itemsize < least or not whole_words(n, itemsize):
         return tile
-    if itemsize <= AHEAD_WARPS_BYTES:
+    if n * itemsize >= AHEAD_WARPS_BYTES:
         shares = min(tile.rows, tile.num_warps // AHEAD_WARPS)  # programs that this one is enough for
         tile = replace(tile, rows=tile.rows // shares, num_warps=tile.num_warps // shares)
     # Of x and dy, which is float32 under autocast.
