@@ -357,7 +357,7 @@ def affine(
 @triton.jit
 def normalized(x, mean, rstd):
     """x_hat = (x - mean) * rstd of saved statistics; there may be no mean (None). It is zero in padding
-    lanes if one of them is: the other is infinite or NaN only where x_hat of all of the row is NaN."""
+    lanes if one of them is, and the other finite: else no x_hat of the row is."""
     if mean is not None:
         x = subtract(x, mean)
     return multiply(x, rstd)

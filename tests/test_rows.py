@@ -279,7 +279,7 @@ def test_parameters_that_are_views(device):
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias", "x bias", "weight bias"])
-@pytest.mark.parametrize("n", [64, 9000], ids=["resident", "split"])
+@pytest.mark.parametrize("n", [64, 127, 2560, 9000], ids=["resident", "narrow", "tiles", "split"])
 def test_only_the_needed_gradients(needed, n, device):
     """Each subset of gradients is that of the full backward pass, bit for bit."""
     x, dy = torch.randn(2, 2 if n > 8192 else 5, n, device=device)
@@ -316,7 +316,7 @@ def test_sums_do_not_depend_on_the_weight(operator, n, device):
 
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [60, 127, 1004, 20000])
+@pytest.mark.parametrize("n", [60, 127, 1004, 2560, 20000])
 def test_batch_invariance(operator, n, dtype, device):
     """The bits of a row do not depend on the other rows: not on how many, nor on where it starts.
     At n = 60 and 1004, rows start at other alignments than the batch does."""

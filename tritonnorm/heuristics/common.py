@@ -16,13 +16,13 @@ PARTIAL_BYTES = 8 * 2**20
 is more: it is read again at once, and should not reach DRAM (unmeasured)."""
 
 MAX_PARTIALS = 1024
-"""Programs, at most, that walk through the rows: at 4 warps and 64 registers 8 fit on an SM, 1,056 on
-an H100 (unmeasured)."""
+"""Programs, at most, that walk through the rows: at 4 warps and 64 registers, or 2 and 128, 8 fit on an
+SM, 1,056 on an H100 (unmeasured)."""
 
 SMALL_TRAFFIC, SMALL_PARTIALS = 24 * 2**20, 512
 """Bytes of a backward pass over tensors of 8 MB, and programs, at most, of those that move no more: one
-wave of 16-bit rows on an H100. A second one, with as many partial gradients again, takes longer by the
-model, and fewer leave SMs of a B200 idle (perf/NOTES.md; unmeasured)."""
+wave of 4 warps of 16-bit rows on an H100. A second one, with as many partial gradients again, takes
+longer by the model, and fewer leave SMs of a B200 idle (perf/NOTES.md; unmeasured)."""
 
 FOLD_ELEMENTS, FOLD_COLUMNS, FOLD_WARPS = 4096, 16, 8
 """Elements of a step of the fold of partial gradients, its fewest columns, and its warps: at most 4

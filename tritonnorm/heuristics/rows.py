@@ -31,14 +31,15 @@ BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 4096}
 their way to shared memory. And the bytes of such a row, at least, by bytes an element: of short ones of
 float32 an SM holds enough programs (unmeasured)."""
 
-AHEAD_WARPS, AHEAD_WARPS_BYTES = 2, 256
-"""Warps, at least, of a program that loads rows of so many bytes, at least, ahead: four warps exchange
-the sums of two rows, and take a quarter more instructions; and fewer of such programs are on an SM than
-there could be. Of shorter rows two take as long, and more registers (unmeasured)."""
+AHEAD_WARPS = 2
+"""Warps, at least, of a program that loads rows ahead which warps share: four would exchange the sums of
+two rows, and take a quarter more instructions; and of such programs an SM has fewer than it could. Of
+rows that a warp holds alone, two have half of a small tensor's bytes under way, and take up to 1.1 times
+as long on a B200 by the model (unmeasured)."""
 
 FEW_PROGRAMS = 256
-"""Programs that take a step each, at most, where they leave partial sums: more of them take longer to
-fold than half as many take for a second step (unmeasured)."""
+"""Programs that take a single step, at most, where they leave partial sums: more of them take longer to
+fold than half as many take for a second step. No table can choose it (unmeasured)."""
 
 STAGED_BYTES = 96 * 1024
 """Shared memory of a block, at most, that those take: on sm_86, sm_89 and sm_120 it has 99 KB."""
@@ -135,7 +136,7 @@ FORWARD_CHUNK = {2: 4096, 4: 4096, 8: 2048}
 """Columns a step of the looped forward: 8 warps at 63 to 70 registers (float64: 100)."""
 
 BACKWARD_CHUNK = 2048
-"""Columns a step of the split backward: 8 warps at 54 to 61 registers (float64: 100)."""
+"""Columns a step of the split backward: 8 warps at 39 to 61 registers (float64: 100)."""
 
 STRIDED_BYTES = 64
 """Bytes side by side that a tile takes of strided rows: two of DRAM's 32-byte sectors. One is left to
@@ -243,7 +244,7 @@ def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
     least = LEAST_STAGED_BYTES.get(itemsize)
     if least is None or n * itemsize < least or not whole_words(n, itemsize):
         return tile
-    if n * itemsize >= AHEAD_WARPS_BYTES:
+    if tile.block_n // tile.chunks > WARP * WORD_BYTES // itemsize:
         shares = min(tile.rows, tile.num_warps // AHEAD_WARPS)  # programs that this one is enough for
         tile = replace(tile, rows=tile.rows // shares, num_warps=tile.num_warps // shares)
     # Of x and dy, which is float32 under autocast.
@@ -299,7 +300,9 @@ def from_output(tile: RowTile, n: int, itemsize: int) -> RowTile:
         a_thread = BACKWARD_ELEMENTS[itemsize] if long else NARROW_BACKWARD_ELEMENTS
         tile = _resident(n, itemsize, a_thread, NARROW_BACKWARD_ELEMENTS, (1,))
     registers = tile.registers if tile.num_ctas == 1 else None
-    return replace(tile, stages=1, registers=registers)
+    more = max(MIN_WARPS // tile.num_warps, 1)  # rows, as none is under way but what is computed
+    rows, num_warps = tile.rows * more, tile.num_warps * more
+    return replace(tile, rows=rows, num_warps=num_warps, stages=1, registers=registers)
 
 
 def row_programs(n: int, itemsize: int, strided: bool) -> int:
@@ -314,8 +317,8 @@ def row_partials(
     gradients of `parameters` (0 to 2) parameters of n elements.
 
     Where each takes several steps they are a power of two: an SM holds as many, so that of 132 or 148
-    SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured). Where all take
-    two, the last wave is the only one.
+    SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured). Where they take
+    two at most they are as many as that needs.
     """
     program_bytes, steps = parameters * n * max(itemsize, 4), ceil(m / rows)
     most = max(ceil(steps / 2), FEW_PROGRAMS) if program_bytes else steps
