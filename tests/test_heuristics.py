@@ -8,6 +8,7 @@ from tritonnorm.heuristics import channels as channel_choices
 from tritonnorm.heuristics import common, rows, table, weights
 
 ITEM_SIZES = (2, 4, 8)
+ONE_ROW = common.RowTile(1, 1024, common.MIN_WARPS)
 LENGTHS = [*range(1, 70), 96, 127, 1000, 1023, 4097, 5120]
 LENGTHS += [2**k + more for k in range(13, 19) for more in (0, 1)] + [4_200_000]
 
@@ -155,7 +156,7 @@ def test_strided_tiles_take_whole_sectors(itemsize):
 def test_partials(m, n, itemsize):
     """Few enough to be cheap, and a legal second dimension of a grid."""
     for parameters in (0, 1, 2):
-        programs = rows.row_partials(m, n, itemsize, parameters, rows=1)
+        programs = rows.row_partials(m, n, itemsize, parameters, ONE_ROW)
         assert 1 <= programs <= min(m, common.MAX_PARTIALS, 65535)
         written_and_read = 2 * programs * parameters * n * max(itemsize, 4)
         traffic = 3 * m * n * itemsize
@@ -168,13 +169,16 @@ def test_partials(m, n, itemsize):
 
 def test_programs_that_walk_are_a_power_of_two():
     """As blocks of an SM are: no wave is nearly empty. Of those of one step or two none is left over."""
-    assert rows.row_partials(16384, 4096, 2, 2, rows=1) == 256  # of 307 that may be
-    assert rows.row_partials(16384, 4096, 2, 1, rows=1) == 512
-    assert rows.row_partials(200, 1024, 2, 2, rows=1) == 200
-    assert rows.row_partials(300, 1024, 2, 2, rows=1) == 256
-    assert rows.row_partials(600, 1024, 2, 2, rows=1) == 300
-    assert rows.row_partials(600, 1024, 2, 0, rows=1) == 600  # nothing to fold
-    assert rows.row_partials(2**20, 1024, 2, 0, rows=2) == common.MAX_PARTIALS
+    assert rows.row_partials(16384, 4096, 2, 2, ONE_ROW) == 256  # of 307 that may be
+    assert rows.row_partials(16384, 4096, 2, 1, ONE_ROW) == 512
+    assert rows.row_partials(200, 1024, 2, 2, ONE_ROW) == 200
+    assert rows.row_partials(300, 1024, 2, 2, ONE_ROW) == 256
+    assert rows.row_partials(600, 1024, 2, 2, ONE_ROW) == 300
+    assert rows.row_partials(600, 1024, 2, 0, ONE_ROW) == 600  # nothing to fold
+    two_warps = common.RowTile(1, 1024, rows.AHEAD_WARPS)
+    assert rows.row_partials(600, 1024, 2, 2, two_warps) == 256
+    assert rows.row_partials(1200, 1024, 2, 2, two_warps) == 300
+    assert rows.row_partials(2**20, 1024, 2, 0, ONE_ROW) == common.MAX_PARTIALS
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
@@ -221,7 +225,7 @@ def test_two_warps_load_rows_ahead_that_they_share():
 
 def test_partials_fill_a_gpu():
     """A training step's tensor gives every SM of a B200 (148) work."""
-    assert rows.row_partials(4096, 4096, 2, 2, rows=1) >= 148
+    assert rows.row_partials(4096, 4096, 2, 2, ONE_ROW) >= 148
 
 
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
@@ -230,12 +234,12 @@ def test_small_tensors_take_a_wave(n, itemsize):
     """Up to 8 MB at most 512 programs, whatever else would be allowed; beyond, as many as large tensors.
     Without parameters there is nothing to fold."""
     small = 8 * 2**20 // (n * itemsize)
-    most = {m: rows.row_partials(m, n, itemsize, 1, rows=1) for m in (64, small, small + 1)}
+    most = {m: rows.row_partials(m, n, itemsize, 1, ONE_ROW) for m in (64, small, small + 1)}
     assert most[64] == 64
     assert most[small] == common.SMALL_PARTIALS
     assert most[small + 1] == min(small // 2 + 1, common.MAX_PARTIALS)  # of two steps each
-    assert rows.row_partials(small, n, itemsize, 0, rows=1) == common.MAX_PARTIALS
-    assert rows.row_partials(small, n, itemsize, 1, rows=1, programs=256) == 256
+    assert rows.row_partials(small, n, itemsize, 0, ONE_ROW) == common.MAX_PARTIALS
+    assert rows.row_partials(small, n, itemsize, 1, ONE_ROW, programs=256) == 256
 
 
 def test_fold_covers_its_rows():

@@ -169,7 +169,7 @@ def test_partials_stay_small(n):
     """At the size of a training step: at most 5% of the traffic, or 8 MB, that L2 holds."""
     m, itemsize = 2**25 // n, 2
     tile = heuristics.rows.row_backward(n, itemsize, strided=False)
-    programs = heuristics.rows.row_partials(m, n, itemsize, 2, tile.rows)
+    programs = heuristics.rows.row_partials(m, n, itemsize, 2, tile)
     partial = programs * n * 4 * 2
     assert (
         2 * partial <= heuristics.common.PARTIAL_SHARE * 3 * m * n * itemsize

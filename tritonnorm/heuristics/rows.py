@@ -37,9 +37,10 @@ two rows, and take a quarter more instructions; and of such programs an SM has f
 rows that a warp holds alone, two have half of a small tensor's bytes under way, and take up to 1.1 times
 as long on a B200 by the model (unmeasured)."""
 
-FEW_PROGRAMS = 256
-"""Programs that take a single step, at most, where they leave partial sums: more of them take longer to
-fold than half as many take for a second step. No table can choose it (unmeasured)."""
+FEW_PROGRAMS, FEW_WARPS = 256, 8
+"""Programs that take a single step, at most, where they leave partial sums; of more each takes steps of
+so many warps, two of four or four of two: what they leave takes longer to fold than half of them take for
+as many steps again. No table can choose it (unmeasured)."""
 
 STAGED_BYTES = 96 * 1024
 """Shared memory of a block, at most, that those take: on sm_86, sm_89 and sm_120 it has 99 KB."""
@@ -311,16 +312,16 @@ def row_programs(n: int, itemsize: int, strided: bool) -> int:
 
 
 def row_partials(
-    m: int, n: int, itemsize: int, parameters: int, rows: int, programs: int | None = None
+    m: int, n: int, itemsize: int, parameters: int, tile: RowTile, programs: int | None = None
 ) -> int:
-    """Programs, of at most so many, that walk through m rows, `rows` at a step, each leaving partial
+    """Programs, of at most so many, that walk through m rows, a tile at a step, each leaving partial
     gradients of `parameters` (0 to 2) parameters of n elements.
 
     Where each takes several steps they are a power of two: an SM holds as many, so that of 132 or 148
     SMs the last wave fills most (307 programs would be one wave, and a few; unmeasured). Where they take
-    two at most they are as many as that needs.
+    few they are as many as that needs.
     """
-    program_bytes, steps = parameters * n * max(itemsize, 4), ceil(m / rows)
-    most = max(ceil(steps / 2), FEW_PROGRAMS) if program_bytes else steps
+    program_bytes, steps = parameters * n * max(itemsize, 4), ceil(m / tile.rows)
+    most = max(ceil(steps * tile.num_warps / FEW_WARPS), FEW_PROGRAMS) if program_bytes else steps
     count = partials(min(steps, most), program_bytes, 3 * m * n * itemsize, programs)
     return count if count in (steps, most) else power_of_two(count + 1) // 2

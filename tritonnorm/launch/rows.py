@@ -96,7 +96,7 @@ def _plan_backward(
     plan.arguments.update(dy_strides=plan.view.strides[1])
     view = plan.view
     most = choices(heuristics.rows.row_programs, view.n, itemsize, view.strided)
-    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile.rows, most)
+    programs = heuristics.rows.row_partials(view.m, view.n, itemsize, parameters, plan.tile, most)
     return plan._replace(programs=programs)
 
 
