@@ -212,12 +212,12 @@ def test_rows_are_under_way_ahead_of_the_work():
     assert stages(4096, 2, strided=True) == 1
 
 
-def test_two_warps_load_rows_ahead_that_they_share():
-    """Each thread has as many elements as of other tiles. Four take those that a warp holds alone, those
-    that four share, and those of which none is loaded ahead."""
-    for n in (8, 128, 256, 512, 768, 1024, 2048):
+def test_two_warps_load_rows_ahead():
+    """Each thread has as many elements as of other tiles. Four take the shortest, those that four share,
+    and those of which none is loaded ahead."""
+    for n in (8, 64, 128, 256, 512, 768, 1024, 2048):
         tile = rows.row_backward(n, 2, False)
-        assert tile.num_warps == (rows.AHEAD_WARPS if 256 < n < 2048 else 4)
+        assert tile.num_warps == (rows.AHEAD_WARPS if 64 < n < 2048 else 4)
         assert tile.rows * tile.block_n == tile.num_warps * common.WARP * rows.BACKWARD_ELEMENTS[2]
     assert rows.row_backward(1280, 4, False).num_warps == rows.AHEAD_WARPS  # in five tiles
     assert rows.row_backward(512, 4, False).num_warps == 4

@@ -31,16 +31,16 @@ BACKWARD_STAGES, LEAST_STAGED_BYTES = 3, {2: 1, 4: 4096}
 their way to shared memory. And the bytes of such a row, at least, by bytes an element: of short ones of
 float32 an SM holds enough programs (unmeasured)."""
 
-AHEAD_WARPS = 2
-"""Warps, at least, of a program that loads rows ahead which warps share: four would exchange the sums of
-two rows, and take a quarter more instructions; and of such programs an SM has fewer than it could. Of
-rows that a warp holds alone, two have half of a small tensor's bytes under way, and take up to 1.1 times
-as long on a B200 by the model (unmeasured)."""
+AHEAD_WARPS, AHEAD_WARPS_BYTES = 2, 256
+"""Warps, at least, of a program that loads rows of so many bytes, at least, ahead: four would exchange
+the sums of two rows that they share, and take a quarter more instructions; and of such programs an SM
+has fewer than it could. Of LayerNorm's rows of 256 bytes four warps take 132 registers on sm_100, of
+shorter ones two take 130 (unmeasured)."""
 
 FEW_PROGRAMS, FEW_WARPS = 256, 8
 """Programs that take a single step, at most, where they leave partial sums; of more each takes steps of
-so many warps, two of four or four of two: what they leave takes longer to fold than half of them take for
-as many steps again. No table can choose it (unmeasured)."""
+so many warps, two of four or four of two: what they leave takes longer to fold than half of them take
+for as many steps again. No table can choose it (unmeasured)."""
 
 STAGED_BYTES = 96 * 1024
 """Shared memory of a block, at most, that those take: on sm_86, sm_89 and sm_120 it has 99 KB."""
@@ -245,7 +245,7 @@ def _staged(tile: RowTile, n: int, itemsize: int) -> RowTile:
     least = LEAST_STAGED_BYTES.get(itemsize)
     if least is None or n * itemsize < least or not whole_words(n, itemsize):
         return tile
-    if tile.block_n // tile.chunks > WARP * WORD_BYTES // itemsize:
+    if n * itemsize >= AHEAD_WARPS_BYTES:
         shares = min(tile.rows, tile.num_warps // AHEAD_WARPS)  # programs that this one is enough for
         tile = replace(tile, rows=tile.rows // shares, num_warps=tile.num_warps // shares)
     # Of x and dy, which is float32 under autocast.
