@@ -171,7 +171,6 @@ def _contiguous_sets(positions: int, stack: int) -> Callable[[Lowered], bool]:
 
 FEW_FOLD = "few programs fold, and with fewer registers they spill"
 ROWS_AHEAD = "rows are on their way to shared memory: by the model one block an SM is enough"
-NARROW_WARPS = "32 warps have no more registers, and 16 warps spill on sm_90"
 NARROW_ROWS = "an address each; told to take 128, Triton 3.9 spills some lengths"
 NARROW_SETS = "an address an element, and pairs of registers, by which others gain up to 3%"
 TEAMS_OFF = "no table prefers teams, and with more registers there are fewer of them"
@@ -186,10 +185,12 @@ EXEMPT = (
     Exemption("4 registers", FEW_FOLD, lambda k: k.kernel == "fold_moments"),
     Exemption("4 registers", ROWS_AHEAD, _tiles_ahead),
     Exemption(
-        "4 registers", ROWS_AHEAD, lambda k: _ahead(k) and k.line == 1280, HALF, ("sm_80",), (3, 6)
-    ),
-    Exemption(
-        "1 spills", NARROW_WARPS, _two_registers("row_backward", 5121), ("fp16",), ("sm_80",), (3, 6)
+        "4 registers",
+        ROWS_AHEAD,
+        lambda k: _ahead(k) and k.line in (768, 1000, 1280),
+        HALF,
+        ("sm_80",),
+        (3, 6),
     ),
     Exemption(
         "4 registers",

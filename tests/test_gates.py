@@ -43,14 +43,35 @@ def test_gates_of_kernels():
 
 
 def test_an_exemption_is_for_what_it_says():
-    """A spill of two registers by Triton 3.6; not of more, of other rows, or by another Triton."""
-    (narrow,) = (one for one in gates.EXEMPT if one.why == gates.NARROW_WARPS)
+    """A spill of two registers, by Triton 3.6 or of one line; not of more, of other lines or by another
+    Triton."""
+    (teams,) = (one for one in gates.EXEMPT if one.why == gates.TEAMS_OFF)
+    (sets,) = (one for one in gates.EXEMPT if one.why == gates.NARROW_SETS)
     gate = next(gate for gate in gates.OF_KERNELS if gate.name == "1 spills")
-    row = walking(target="sm_80", line=5121, stack=8, dtype="fp16")
-    assert narrow.excuses(gate, row, (3, 6))
-    assert not narrow.excuses(gate, row, (3, 9))
-    for changes in ({"stack": 12}, {"line": 4096}, {"dtype": "fp32"}, {"kernel": "row_forward_looped"}):
-        assert not narrow.excuses(gate, replace(row, **changes), (3, 6))
+    row = walking(target="sm_80", stack=8, kernel="row_team_backward")
+    assert teams.excuses(gate, row, (3, 6))
+    assert not teams.excuses(gate, row, (3, 9))
+    images = walking(target="sm_100", line=49, stack=8, kernel="group_backward", layout="contiguous")
+    for triton in ((3, 6), (3, 9)):
+        assert sets.excuses(gate, images, triton)
+    for changes in ({"stack": 12}, {"dtype": "fp32"}, {"target": "sm_90"}, {"kernel": "row_backward"}):
+        assert not teams.excuses(gate, replace(row, **changes), (3, 6))
+        assert not sets.excuses(gate, replace(images, **changes), (3, 6))
+    assert not sets.excuses(gate, replace(images, line=121), (3, 6))
+
+
+def test_padded_rows_may_take_registers_with_an_old_triton():
+    """Those of 16 bits on sm_80, if they are loaded ahead."""
+    gate = next(gate for gate in gates.OF_KERNELS if gate.name == "4 registers")
+
+    def excused(triton=(3, 6), **changes):
+        row = walking(**({"target": "sm_80", "line": 768, "registers": 152, "ahead": 2} | changes))
+        return any(one.excuses(gate, row, triton) for one in gates.EXEMPT)
+
+    assert excused()
+    assert not excused((3, 9))
+    for changes in ({"line": 1024}, {"ahead": 0}, {"dtype": "fp32"}, {"registers": 233}):
+        assert not excused(**changes)
 
 
 def test_rows_of_several_tiles_may_take_registers_if_they_are_loaded_ahead():
@@ -68,7 +89,7 @@ def test_what_nothing_needs_is_found():
     idle = [one.why for one in gates.unneeded(missed, *every)]
     assert "a float64 takes two" not in idle
     assert gates.ROW_NUMBERS in idle
-    assert (gates.NARROW_WARPS in idle) == (TRITON_VERSION == (3, 6))
+    assert (gates.TEAMS_OFF in idle) == (TRITON_VERSION == (3, 6))
     assert gates.unneeded([], ("sm_90",), every[1]) == []
     assert [one.why for one in gates.unneeded([], every[0], ("fp64",))] == ["a float64 takes two"]
 
