@@ -9,8 +9,8 @@ STAMP := $(VENV)/installed
 
 # What of the tests runs compiled kernels in the emulator, and for which GPU they are compiled.
 TARGET ?= sm_90
-EMULATED := $(addprefix tests/test_,rows.py channels.py channel_evaluation.py weights.py team.py \
-	long_rows.py replay.py stages.py)
+EMULATED := $(addprefix tests/test_,rows.py row_bits.py channels.py channel_evaluation.py weights.py \
+	team.py long_rows.py replay.py stages.py)
 
 .PHONY: demo test emulate gate gpu lint clean
 

@@ -231,8 +231,8 @@ def test_partials_fill_a_gpu():
 @pytest.mark.parametrize("itemsize", ITEM_SIZES)
 @pytest.mark.parametrize("n", [128, 1024])
 def test_small_tensors_take_a_wave(n, itemsize):
-    """Up to 8 MB at most 512 programs, whatever else would be allowed; beyond, as many as large tensors.
-    Without parameters there is nothing to fold."""
+    """Up to 8 MB at most 512 programs, whatever else would be allowed; beyond, up to as many as large
+    tensors. Without parameters there is nothing to fold."""
     small = 8 * 2**20 // (n * itemsize)
     most = {m: rows.row_partials(m, n, itemsize, 1, ONE_ROW) for m in (64, small, small + 1)}
     assert most[64] == 64
